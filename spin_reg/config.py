@@ -1,0 +1,219 @@
+"""From a composed YAML tree to checked, plain values: `register()` gives Hydra the schemas, `load()` checks."""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spin_reg import settings
+from spin_reg.errors import ConfigError
+from spin_reg.fingerprint import digest, identity, plain
+from spin_reg.opponents import Regularizer, normalised
+from spin_reg.regularizers import REGULARIZERS, name_of
+
+GROUPS: dict[str, dict[str, type]] = {
+    "model": {"tiny": settings.Tiny, "pretrained": settings.Pretrained},
+    "dataset": {"toy": settings.Toy, "jsonl": settings.Jsonl, "hub": settings.Hub},
+    "regularizer": dict(REGULARIZERS),
+    "schedule": {"default": settings.Schedule},
+    "loss": {"base": settings.Loss},
+    "generation": {"default": settings.Generation},
+    "evaluation": {"default": settings.Evaluation},
+    "tracker": {"base": settings.Tracker, "wandb": settings.Wandb},
+    "hardware": {"default": settings.Hardware},
+}
+
+
+@dataclass
+class Config:
+    """All settings of a run."""
+
+    model: settings.Model = field(default=cast(settings.Model, settings.MISSING))
+    dataset: settings.Dataset = field(default=cast(settings.Dataset, settings.MISSING))
+    regularizer: Regularizer = field(default=cast(Regularizer, settings.MISSING))
+    schedule: settings.Schedule = field(default_factory=settings.Schedule)
+    loss: settings.Loss = field(default_factory=settings.Loss)
+    generation: settings.Generation = field(default_factory=settings.Generation)
+    evaluation: settings.Evaluation = field(default_factory=settings.Evaluation)
+    tracker: settings.Tracker = field(default_factory=settings.Tracker)
+    hardware: settings.Hardware = field(default_factory=settings.Hardware)
+    alpha: Any = None
+    seed: int = 0
+    run_name: str | None = None
+    outputs: str = "outputs"
+
+
+def _first(*values: Any) -> Any:
+    return next((v for v in values if v is not None), None)
+
+
+def register() -> None:
+    """Store the schemas (in groups of their own, so that they are no choices) and the resolver `first`."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config)
+    for group, options in GROUPS.items():
+        for name, node in options.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+    OmegaConf.register_new_resolver("first", _first, replace=True)
+
+
+def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
+    """Check a composed configuration and return it as plain values.
+
+    Args:
+        sweep: the run is a point of a sweep, where an alpha that the regularizer does not take is ignored.
+
+    Raises:
+        ConfigError: an unknown key, a value out of range, or a setting without effect.
+    """
+    _refuse_unknown(cfg)
+    try:
+        config = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise config_error(error) from error
+    except ValueError as error:
+        raise bad_value(str(error)) from error
+    assert isinstance(config, Config)
+    try:
+        _check_alpha(config, sweep)
+        _check_loss(config)
+    except ValueError as error:
+        raise bad_value(str(error)) from error
+    return config
+
+
+def bad_value(message: str) -> ConfigError:
+    """A ConfigError from a `key=value: what is allowed` message."""
+    key, _, allowed = message.partition(": ")
+    if not allowed:
+        key, allowed = "the configuration", message
+    return ConfigError("A setting cannot be used.", where=key, why=allowed, todo="change it and run again")
+
+
+def config_error(error: OmegaConfBaseException) -> ConfigError:
+    """A ConfigError from one of OmegaConf's."""
+    key = getattr(error, "full_key", None) or "the configuration"
+    why = str(error).splitlines()[0]
+    if "Missing mandatory value" in why:
+        return ConfigError("A setting must be given.", where=key, why="it has no default", todo=f"add {key}=... ")
+    return ConfigError("A setting cannot be used.", where=key, why=why, todo=f"give {key} another value")
+
+
+def _refuse_unknown(cfg: DictConfig) -> None:
+    """`+key` and `++key` pass a typed schema silently; here every key must belong to a dataclass."""
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        kind = OmegaConf.get_type(node)
+        if not is_dataclass(kind):
+            return
+        known = [f.name for f in fields(kind)]
+        for key in node:
+            if str(key) not in known:
+                raise unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known])
+            child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none():
+                walk(child, f"{prefix}{key}.")
+
+    walk(cfg, "")
+
+
+def unknown_key(key: str, known: list[str]) -> ConfigError:
+    """A ConfigError that names the nearest keys."""
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    todo = "did you mean " + " or ".join(near) + "?" if near else "known here: " + ", ".join(sorted(known))
+    return ConfigError(f"There is no setting {key}.", where=key, why="no part of the configuration has it", todo=todo)
+
+
+def all_keys() -> list[str]:
+    """Every key of every option of every group, for naming the nearest."""
+    keys = [f.name for f in fields(Config)]
+
+    def walk(kind: type, prefix: str) -> None:
+        for f in fields(kind):
+            keys.append(f"{prefix}{f.name}")
+            if isinstance(f.type, type) and is_dataclass(f.type):
+                walk(f.type, f"{prefix}{f.name}.")
+
+    for group, options in GROUPS.items():
+        for kind in options.values():
+            walk(kind, f"{group}.")
+    return sorted(set(keys))
+
+
+def _check_alpha(config: Config, sweep: bool) -> None:
+    if config.alpha is None:
+        return
+    own = getattr(config.regularizer, "alpha", None)
+    name = name_of(config.regularizer)
+    if own is None:
+        message = f"alpha={config.alpha}: regularizer={name} takes no alpha; leave it out or use regularizer=kl"
+        settings.check(sweep, message)
+    else:
+        given = type(config.regularizer)(alpha=config.alpha).alpha  # type: ignore[call-arg]
+        message = f"alpha={config.alpha}: regularizer.alpha={own} is set too and wins; give one of them"
+        settings.check(given == own, message)
+
+
+def _check_loss(config: Config) -> None:
+    """methods: a loss that is not invariant to log Z(x) needs a normalised reference."""
+    if config.loss.length_norm is settings.LengthNorm.none:
+        return
+    for t in range(config.schedule.iterations):
+        ok = normalised(config.regularizer.opponent(t).reference)
+        settings.check(
+            ok,
+            f"loss.length_norm=mean: the reference of iteration {t} is a geometric mixture, unnormalised by log Z(x); "
+            "Z cancels between two answers only while their log-ratios are not divided by length. Use loss.length_norm="
+            "none, or a normalised reference (regularizer.reference=arithmetic, last or generator; alpha 0 or 1)",
+        )
+
+
+OUTSIDE_IDENTITY = ("schedule.iterations", "evaluation", "tracker", "alpha", "run_name", "outputs")
+
+
+def identity_settings(config: Config) -> dict[str, Any]:
+    """The result-changing settings as a flat {dotted key: value}; what two runs must share to be the same run."""
+    tree = identity(config)
+    for group in ("model", "dataset", "regularizer"):
+        tree[group] = {"_choice": choice(group, getattr(config, group)), **tree[group]}
+    return {k: v for k, v in flatten(tree).items() if not k.startswith(OUTSIDE_IDENTITY)}
+
+
+def choice(group: str, value: Any) -> str:
+    """The name under which a group's option stands in conf/."""
+    return next(name for name, kind in GROUPS[group].items() if kind is type(value))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {dotted key: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def run_name(config: Config) -> str:
+    """The run's folder: `run_name`, or readable words and 6 hex digits over all result-changing settings."""
+    if config.run_name is not None:
+        return config.run_name
+    words = [_tail(getattr(config.model, "name_or_path", choice("model", config.model)))]
+    words.append(_tail(getattr(config.dataset, "path", choice("dataset", config.dataset))))
+    words += [name_of(config.regularizer), config.regularizer.words(), f"seed{config.seed}"]
+    return "-".join([w for w in words if w] + [digest(identity_settings(config))[:6]])
+
+
+def _tail(path: str) -> str:
+    """The last part of a path or Hub name, without its ending, in characters every file system takes."""
+    tail = path.rstrip("/").rpartition("/")[2].rpartition(".jsonl")[0] or path.rstrip("/").rpartition("/")[2]
+    return "".join(c if c.isalnum() or c in "._" else "-" for c in tail).strip("-.") or "x"
+
+
+def as_yaml(config: Config) -> str:
+    """All settings as YAML, for the run folder."""
+    tree = plain(config)
+    for group in ("model", "dataset", "regularizer"):
+        tree[group] = {"_choice": choice(group, getattr(config, group)), **tree[group]}
+    return OmegaConf.to_yaml(OmegaConf.create(tree))

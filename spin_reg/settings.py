@@ -1,0 +1,255 @@
+"""The settings of a run as plain values: the dataclasses behind the config groups.
+
+A field marked `runtime()` changes how a result is made, never the result (up to rounding): it is no part of a
+fingerprint. Every other field is.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from spin_reg.schedules import per_iteration
+
+MISSING = "???"  # the text OmegaConf knows as "must be given"
+
+
+def runtime(default: Any) -> Any:
+    """A dataclass field that does not change results."""
+    return field(default=default, metadata={"runtime": True})
+
+
+def check(ok: bool, message: str) -> None:
+    """Raise ValueError with the message unless ok; `config.load` turns it into a ConfigError."""
+    if not ok:
+        raise ValueError(message)
+
+
+def _positive(**values: Any) -> None:
+    for name, v in values.items():
+        check(v is None or v >= 1, f"{name.replace('__', '.')}={v}: give a whole number from 1")
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Optimizer(StrEnum):
+    adamw = "adamw"
+    rmsprop = "rmsprop"
+
+
+class LrScheduler(StrEnum):
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant"
+
+
+class LossName(StrEnum):
+    logistic = "logistic"
+    hinge = "hinge"
+    exponential = "exponential"
+    ipo = "ipo"
+
+
+class LengthNorm(StrEnum):
+    none = "none"
+    mean = "mean"
+
+
+@dataclass
+class Sft:
+    """An SFT stage that makes iterate 0: AdamW, cosine with 10 % warmup, mean NLL of the answers' tokens."""
+
+    epochs: int = 0
+    learning_rate: float = 2e-5
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        check(self.epochs >= 0, f"model.sft.epochs={self.epochs}: give 0 (no SFT stage) or more")
+        check(self.learning_rate > 0, f"model.sft.learning_rate={self.learning_rate}: give a number above 0")
+        _positive(model__sft__batch_size=self.batch_size)
+
+
+@dataclass
+class Model:
+    """What every model has."""
+
+    dtype: Dtype = Dtype.float32
+    attn_implementation: str | None = None
+    sft: Sft = field(default_factory=Sft)
+
+
+@dataclass
+class Tiny(Model):
+    """A random Llama-shaped model with a byte-level tokenizer, made on the spot and fitted by the SFT stage."""
+
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(model__hidden_size=self.hidden_size, model__num_layers=self.num_layers)
+        _positive(model__num_heads=self.num_heads)
+        even = self.hidden_size % (2 * self.num_heads) == 0
+        check(even, f"model.hidden_size={self.hidden_size}: give a multiple of 2 * model.num_heads")
+
+
+@dataclass
+class Pretrained(Model):
+    """A causal language model with a chat template: a local Hugging Face folder, or a Hub name with a revision."""
+
+    name_or_path: str = MISSING
+    revision: str | None = None
+
+
+@dataclass
+class Dataset:
+    """What every data set has. A prompt or an answer over its limit drops the row, counted and listed."""
+
+    seed: int = 0
+    num_prompts: int | None = None
+    num_heldout: int = 64
+    max_prompt_tokens: int = 512
+    max_response_tokens: int = 512
+    max_dropped: float = 0.1
+
+    def __post_init__(self) -> None:
+        _positive(dataset__num_prompts=self.num_prompts, dataset__max_prompt_tokens=self.max_prompt_tokens)
+        _positive(dataset__max_response_tokens=self.max_response_tokens, dataset__num_heldout=self.num_heldout)
+        ok = 0 <= self.max_dropped <= 1
+        check(ok, f"dataset.max_dropped={self.max_dropped}: give the share of rows that may be dropped, 0 to 1")
+
+
+@dataclass
+class Toy(Dataset):
+    """The embedded language with a known distribution; `num_prompts` pairs, and a retained skill beside them."""
+
+    num_retained: int = 256
+    smoothing: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_prompts is not None, "dataset.num_prompts=null: the toy has no end; give a number")
+        _positive(dataset__num_retained=self.num_retained)
+        ok = 0 < self.smoothing < 0.5
+        check(ok, f"dataset.smoothing={self.smoothing}: give a probability above 0 (full support) and below 0.5")
+
+
+@dataclass
+class Jsonl(Dataset):
+    """A local .jsonl, .json or .parquet file."""
+
+    path: str = MISSING
+
+
+@dataclass
+class Hub(Dataset):
+    """A data set of the Hugging Face Hub, at a revision."""
+
+    path: str = MISSING
+    revision: str | None = None
+    split: str = "train"
+
+
+@dataclass
+class Schedule:
+    """How long, how fast, how far. `learning_rate`, `beta` and `epochs` take a number or a list, one an iteration."""
+
+    iterations: int = 3
+    epochs: Any = 1
+    batch_size: int = 16
+    learning_rate: Any = 5e-7
+    beta: Any = 0.1
+    optimizer: Optimizer = Optimizer.adamw
+    lr_scheduler: LrScheduler = LrScheduler.linear
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    save_every: int = runtime(200)
+
+    def __post_init__(self) -> None:
+        _positive(schedule__iterations=self.iterations, schedule__batch_size=self.batch_size)
+        _positive(schedule__save_every=self.save_every)
+        self.epochs = per_iteration("schedule.epochs", self.epochs, low=1, whole=True)
+        self.learning_rate = per_iteration("schedule.learning_rate", self.learning_rate, low=0, open_low=True)
+        self.beta = per_iteration("schedule.beta", self.beta, low=0, open_low=True)
+        ok = 0 <= self.warmup_ratio <= 1
+        check(ok, f"schedule.warmup_ratio={self.warmup_ratio}: give a share of the steps, 0 to 1")
+        check(self.weight_decay >= 0, f"schedule.weight_decay={self.weight_decay}: give a number from 0")
+        check(self.max_grad_norm > 0, f"schedule.max_grad_norm={self.max_grad_norm}: give a number above 0")
+
+
+@dataclass
+class Loss:
+    """The preference loss; `length_norm=mean` divides each answer's log-ratio by its number of tokens."""
+
+    name: LossName = LossName.logistic
+    length_norm: LengthNorm = LengthNorm.none
+
+
+@dataclass
+class Generation:
+    """How answers are drawn; `max_new_tokens` null means `dataset.max_response_tokens`."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+    batch_size: int = runtime(32)
+
+    def __post_init__(self) -> None:
+        ok = math.isfinite(self.temperature) and self.temperature > 0
+        check(ok, f"generation.temperature={self.temperature}: give a number above 0 (1 samples the policy itself)")
+        check(0 < self.top_p <= 1, f"generation.top_p={self.top_p}: give a number above 0, up to 1")
+        _positive(generation__max_new_tokens=self.max_new_tokens, generation__batch_size=self.batch_size)
+
+
+@dataclass
+class Evaluation:
+    """Whether iterates are judged, and how many held-out samples are shown."""
+
+    enabled: bool = True
+    num_samples: int = 8
+
+    def __post_init__(self) -> None:
+        check(self.num_samples >= 0, f"evaluation.num_samples={self.num_samples}: give 0 or more")
+
+
+@dataclass
+class Tracker:
+    """Where metrics are mirrored to; `metrics.jsonl` in the run folder is the truth."""
+
+    name: str = "none"
+
+
+@dataclass
+class Wandb(Tracker):
+    """One Weights & Biases run over the whole loop; offline where no key is set."""
+
+    name: str = "wandb"
+    project: str = "spin-reg"
+    entity: str | None = None
+    group: str | None = None
+    log_model: bool = False
+
+
+@dataclass
+class Hardware:
+    """Where and how models run. `precision=bf16` is autocast over the weights' own dtype."""
+
+    precision: Precision = Precision.fp32
+    micro_batch_size: int = runtime(8)
+    score_batch_size: int = runtime(16)
+    gradient_checkpointing: bool = runtime(False)
+    threads: int | None = runtime(None)
+
+    def __post_init__(self) -> None:
+        _positive(hardware__micro_batch_size=self.micro_batch_size, hardware__threads=self.threads)
+        _positive(hardware__score_batch_size=self.score_batch_size)

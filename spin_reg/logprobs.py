@@ -49,9 +49,9 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether a model's forward has this named argument (seen through wrappers that keep the inner `module`)."""
+    """Whether the forward of a model's class has this named argument (seen through a wrapper's inner `module`)."""
     inner = getattr(model, "module", model)
-    return argument in inspect.signature(inner.forward).parameters
+    return argument in inspect.signature(type(inner).forward).parameters
 
 
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
@@ -70,7 +70,7 @@ def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
         **kept,
     ).logits
     logits = logits[:, -(width + 1) : -1].float()  # the logits *before* a token predict it
-    token_logits = logits.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    token_logits: Tensor = logits.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
     return (token_logits - logits.logsumexp(dim=-1)).masked_fill(~batch.response_mask, 0.0)
 
 

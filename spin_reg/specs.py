@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from spin_reg.opponents import Draw
 from spin_reg.settings import (
     Dataset,
-    Evaluation,
+    Dtype,
     Generation,
     Hardware,
     Loss,
@@ -30,8 +30,19 @@ class Split(StrEnum):
 
 
 @dataclass(frozen=True)
+class Policy:
+    """How an iterate's folder is loaded: the dtype on disk is the dtype in use."""
+
+    dtype: Dtype
+    attn_implementation: str | None
+
+
+@dataclass(frozen=True)
 class PrepareSpec:
     """Data into token ids, split into train and held-out."""
+
+    kind: ClassVar[str] = "prepare"
+    version: ClassVar[int] = 1
 
     model: Model = field(metadata={"runtime": True})  # only its tokenizer matters here
     tokenizer: str
@@ -43,6 +54,9 @@ class PrepareSpec:
 class BaseSpec:
     """Iterate 0 is the base as it is."""
 
+    kind: ClassVar[str] = "base"
+    version: ClassVar[int] = 1
+
     model: Pretrained
     sha256: str
 
@@ -50,6 +64,9 @@ class BaseSpec:
 @dataclass(frozen=True)
 class SftSpec:
     """Iterate 0 is fitted to the real answers."""
+
+    kind: ClassVar[str] = "sft"
+    version: ClassVar[int] = 1
 
     model: Model
     sha256: str | None
@@ -63,6 +80,9 @@ class SftSpec:
 class GenerateSpec:
     """Answers of one iterate to the prompts of a split that `draw` deals to it (all of them without a draw)."""
 
+    kind: ClassVar[str] = "generate"
+    version: ClassVar[int] = 1
+
     k: int
     split: Split
     round: int
@@ -70,6 +90,7 @@ class GenerateSpec:
     generation: Generation
     max_new_tokens: int
     seed: int
+    policy: Policy
     hardware: Hardware
 
 
@@ -77,10 +98,14 @@ class GenerateSpec:
 class ScoreSpec:
     """Log-probs under iterate k: of a split's real answers, or of answers of iterate `j` (where `draw` deals so)."""
 
+    kind: ClassVar[str] = "score"
+    version: ClassVar[int] = 1
+
     k: int
     split: Split
     j: int | None
     draw: Draw | None
+    policy: Policy
     hardware: Hardware
 
 
@@ -88,38 +113,65 @@ class ScoreSpec:
 class PairsSpec:
     """Answers and scores joined into the pairs of iteration t; `reference` as `opponents.to_json` writes it."""
 
+    kind: ClassVar[str] = "pairs"
+    version: ClassVar[int] = 1
+
     t: int
+    window: tuple[int, ...]
     reference: Any
     draw: Draw | None
-    window: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TrainSpec:
     """One iteration's training: iterate t + 1 from iterate t."""
 
+    kind: ClassVar[str] = "train"
+    version: ClassVar[int] = 1
+
     t: int
     learning_rate: float
     beta: float
     epochs: int
+    batch_size: int
     optimizer: Optimizer
     lr_scheduler: LrScheduler
-    batch_size: int
     warmup_ratio: float
     weight_decay: float
     max_grad_norm: float
     loss: Loss
     seed: int
+    policy: Policy
     hardware: Hardware
     save_every: int = runtime(200)
 
 
 @dataclass(frozen=True)
 class EvaluateSpec:
-    """What is reported of iterate k, from tables alone."""
+    """What is reported of iterate k, from tables alone; `game` is None for the base, which played none."""
+
+    kind: ClassVar[str] = "evaluate"
+    version: ClassVar[int] = 1
 
     k: int
+    game: PairsSpec | None
     beta: float | None
-    reference: Any
-    draw: Draw | None
-    evaluation: Evaluation
+    num_samples: int
+
+
+Spec = PrepareSpec | BaseSpec | SftSpec | GenerateSpec | ScoreSpec | PairsSpec | TrainSpec | EvaluateSpec
+
+
+def answers_role(j: int) -> str:
+    """The input that holds answers of iterate j."""
+    return f"answers/{j:02d}"
+
+
+def real_role(k: int) -> str:
+    """The input that holds iterate k's log-probs of real answers."""
+    return f"real/{k:02d}"
+
+
+def generated_role(k: int, j: int) -> str:
+    """The input that holds iterate k's log-probs of the answers of iterate j."""
+    return f"generated/{k:02d}-{j:02d}"

@@ -1,0 +1,217 @@
+"""The command: verbs, Hydra behind `train` and `plan`, and errors as four lines. Nothing here imports torch."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spin_reg import __version__
+from spin_reg.errors import ConfigError, SpinRegError, Stopped
+
+USAGE = """\
+spin-reg: regularized self-play fine-tuning of language models, the whole loop in one command.
+
+  spin-reg train [key=value ...]    generate, score, train, evaluate, iteration after iteration; the same
+                                    command again goes on where it stopped
+  spin-reg plan [key=value ...]     the same plan, printed: what is done, what is to do, and why; runs nothing
+  spin-reg resume RUN [key=value]   go on with the run in this folder
+  spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
+
+  spin-reg train --help             every group and every setting
+  spin-reg train --cfg job          the composed configuration
+  spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value
+
+Try it:  spin-reg train regularizer=kl alpha=0.5     (two minutes on a laptop, no network)
+"""
+
+
+def conf_dir() -> Path:
+    """conf/: beside the modules in an installed package, else at the checkout's root."""
+    here = Path(__file__).resolve().parent
+    return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
+
+
+def main() -> None:
+    """The console script."""
+    program, *words = sys.argv
+    try:
+        code = _dispatch(program, words)
+    except SpinRegError as error:
+        code = _report(error)
+    except KeyboardInterrupt:
+        code = _report(_stopped())
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    sys.exit(code)
+
+
+def _report(error: SpinRegError) -> int:
+    if os.environ.get("SPIN_REG_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"spin-reg: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _stopped() -> Stopped:
+    return Stopped(
+        "Stopped by a signal.",
+        where="this run",
+        why="nothing finished is lost",
+        todo="run the same command again; it goes on from here",
+    )
+
+
+def _dispatch(program: str, words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    verb, *rest = words
+    if verb == "--version":
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, n=1)
+        todo = f"did you mean `spin-reg {near[0]}`?" if near else f"verbs: {', '.join(VERBS)}"
+        raise ConfigError(f"There is no verb {verb}.", where="the command line", why="it is none of ours", todo=todo)
+    return VERBS[verb](program, rest)
+
+
+def _train(program: str, words: list[str]) -> int:
+    return _compose(program, words, _run)
+
+
+def _plan(program: str, words: list[str]) -> int:
+    return _compose(program, words, _show_plan)
+
+
+def _resume(program: str, words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        raise ConfigError("Which run?", where="spin-reg resume", why="no folder was given", todo="spin-reg resume RUN")
+    root = Path(words[0]).expanduser().resolve()
+    path = root / "run.json"
+    if not path.is_file():
+        raise ConfigError(
+            "This is no run.", where=str(root), why="it has no run.json", todo="spin-reg status lists runs"
+        )
+    saved = json.loads(path.read_text(encoding="utf-8"))["overrides"]
+    place = [f"outputs={_quoted(str(root.parent))}", f"run_name={_quoted(root.name)}"]
+    return _train(program, _last_wins([*saved, *words[1:], *place]))
+
+
+def _quoted(text: str) -> str:
+    """A value as Hydra's override grammar takes it whatever it holds."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _last_wins(overrides: Sequence[str]) -> list[str]:
+    """Overrides with every key once; Hydra refuses a group that is given twice."""
+    return list({word.partition("=")[0]: word for word in overrides}.values())
+
+
+def _status(program: str, words: list[str]) -> int:
+    from spin_reg import status
+
+    status.show(Path(words[0] if words else "outputs"))
+    return 0
+
+
+VERBS: dict[str, Callable[[str, list[str]], int]] = {
+    "train": _train,
+    "plan": _plan,
+    "resume": _resume,
+    "status": _status,
+}
+
+
+def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
+    """Hand the words to Hydra; its errors come back as ours."""
+    import hydra
+
+    from spin_reg import config, overrides
+
+    config.register()
+    overrides.check(words)
+    sys.argv = [program, *words]
+    shown = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+    except SpinRegError:
+        raise
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:
+        if shown:
+            traceback.print_exc()
+        raise overrides.explain(error) from error
+    finally:
+        if shown is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+    return 0
+
+
+def _planned(cfg: Any) -> Any:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from spin_reg import config, launch
+
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    return launch.prepare(config.load(cfg, sweep=sweep))
+
+
+def _run(cfg: Any) -> None:
+    import signal
+
+    from hydra.core.hydra_config import HydraConfig
+
+    from spin_reg import launch
+    from spin_reg.console import Screen, iterates_table
+
+    planned = _planned(cfg)
+    screen = Screen()
+    if planned.finished:
+        screen.console.print(f"{planned.root} is finished: nothing to do.", markup=False, soft_wrap=True)
+    else:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))
+        finally:
+            screen.close()
+    iterations = planned.config.schedule.iterations
+    table = iterates_table(planned.root, iterations)
+    if table is not None:
+        screen.console.print(table)
+    place = _short(planned.root)
+    screen.console.print(f"model    {place}/iterate-{iterations:02d}/model", markup=False, soft_wrap=True)
+    screen.console.print(f"metrics  {place}/metrics.jsonl", markup=False, soft_wrap=True)
+    more = f"spin-reg resume {place} schedule.iterations={iterations + 2}"
+    screen.console.print(f"go on    {more}", markup=False, soft_wrap=True)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _short(path: Path) -> str:
+    """A path as one would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _show_plan(cfg: Any) -> None:
+    planned = _planned(cfg)
+    width = max(len(stage.name) for stage in planned.stages)
+    print(f"run {_short(planned.root)}")
+    for stage, state in zip(planned.stages, planned.states, strict=True):
+        print(f"  {state.status:5}  {stage.name:{width}}  {state.reason}")
+    counts = {s: sum(state.status == s for state in planned.states) for s in {state.status for state in planned.states}}
+    print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))

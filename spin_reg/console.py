@@ -1,0 +1,85 @@
+"""What a person sees: a live line in a terminal or plain lines when piped, and the table at the end."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from spin_reg.plan import Stage
+from spin_reg.runner import State, Status
+
+COLUMNS = ("heldout_nll", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous", "length_mean")
+EVERY = 10.0  # seconds between plain progress lines
+
+
+class Screen:
+    """Listens to the runner; one line a stage, with a live bar where there is a terminal."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr, highlight=False)
+        self._bar: Progress | None = None
+        self._title, self._began, self._said = "", 0.0, 0.0
+
+    def stage(self, index: int, total: int, stage: Stage, state: State) -> None:
+        self._title = f"[{index}/{total}] {stage.name}"
+        self._began = self._said = time.monotonic()
+        if state.status is Status.reuse:
+            self._line(f"{self._title}  reused: {state.reason}")
+        if state.status is Status.todo and self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[unit]}s"),
+            )
+            self._bar = Progress(
+                *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, transient=True
+            )
+            self._bar.add_task(self._title.replace("[", r"\["), total=None, unit="step")
+            self._bar.start()
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total, unit=unit)
+        elif now - self._said >= EVERY and done < total:
+            self._said = now
+            left = (now - self._began) / max(done, 1) * (total - done)
+            self._line(f"{self._title}  {unit} {done}/{total}, about {left:.0f} s left")
+
+    def finished(self, stage: Stage, seconds: float) -> None:
+        self.close()
+        self._line(f"{self._title}  {seconds:.1f} s")
+
+    def close(self) -> None:
+        """Take the live line down."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+def iterates_table(root: Path, iterations: int) -> Table | None:
+    """The metrics of every iterate, one row each; None where none was evaluated."""
+    found: dict[int, dict[str, float]] = {}
+    for k in range(iterations + 1):
+        path = root / f"iterate-{k:02d}" / "evaluate" / "metrics.json"
+        if path.exists():
+            found[k] = json.loads(path.read_text(encoding="utf-8"))
+    names = [name for name in COLUMNS if any(f"eval/{name}" in values for values in found.values())]
+    if not names:
+        return None
+    table = Table(title=root.name, title_justify="left")
+    table.add_column("iterate")
+    for name in names:
+        table.add_column(name, justify="right")
+    for k, values in found.items():
+        cells = [f"{values[f'eval/{name}']:.4g}" if f"eval/{name}" in values else "" for name in names]
+        table.add_row(f"{k}{' (base)' if k == 0 else ''}", *cells)
+    return table

@@ -1,0 +1,158 @@
+"""The training loop of both the SFT stage and the game's: optimizer, schedule, clipping, accumulation, checkpoints."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spin_reg import checkpoint
+from spin_reg.context import Context
+from spin_reg.errors import NonFiniteError
+from spin_reg.fingerprint import order, seed_of
+from spin_reg.settings import LrScheduler, Optimizer
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """What the loop needs to know; learning_rate is the peak, before the schedule's factor."""
+
+    learning_rate: float
+    optimizer: Optimizer
+    lr_scheduler: LrScheduler
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    micro_batch_size: int
+    gradient_checkpointing: bool
+    save_every: int
+    seed: int
+    iteration: int
+
+
+def batches(names: Sequence[str], *, seed: int, iteration: int, epochs: int, size: int) -> list[list[int]]:
+    """Row positions of every step: in epoch e the rows stand in the order of SHA-256 of [seed, "order", iteration, e,
+    name], cut into `size` (the last batch of an epoch may be smaller). Where a row stood in its file has no part in it.
+    """
+    steps = []
+    for epoch in range(epochs):
+        rows = order([[seed, "order", iteration, epoch, name] for name in names])
+        steps += [rows[i : i + size] for i in range(0, len(rows), size)]
+    return steps
+
+
+def lr_factor(kind: LrScheduler, step: int, total: int, warmup_ratio: float) -> float:
+    """The factor on the learning rate of step `step` (from 0) of `total`: linear warmup, then the named decay to 0."""
+    warmup = math.ceil(total * warmup_ratio)
+    if step < warmup:
+        return step / max(1, warmup)
+    progress = (step - warmup) / max(1, total - warmup)
+    if kind is LrScheduler.cosine:
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - progress if kind is LrScheduler.linear else 1.0
+
+
+def _optimizer(model: PreTrainedModel, spec: FitSpec) -> torch.optim.Optimizer:
+    kind = {Optimizer.adamw: torch.optim.AdamW, Optimizer.rmsprop: torch.optim.RMSprop}[spec.optimizer]
+    return kind(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+
+
+def fit(
+    model: PreTrainedModel,
+    steps: Sequence[Sequence[int]],
+    loss: Callable[[PreTrainedModel, Sequence[int]], tuple[Tensor, Metrics]],
+    weight: Callable[[Sequence[int]], float],
+    name: Callable[[int], str],
+    *,
+    spec: FitSpec,
+    prefix: str,
+    accelerator: Accelerator,
+    out: Path,
+    context: Context,
+) -> list[dict[str, Any]]:
+    """Train the model in place; a call after a kill goes on from the last checkpoint in `out`.
+
+    Args:
+        steps: the row positions of each optimiser step.
+        loss: (model, rows) -> (the *sum* of the rows' losses, the sums of their metrics).
+        weight: what a step's sums are divided by, given its rows.
+        name: a row's id, for error messages.
+        prefix: of the metrics' names.
+
+    Returns:
+        One metrics row a step.
+
+    Raises:
+        NonFiniteError: a loss or a gradient that is NaN or infinite; the last checkpoint stays.
+    """
+    optimizer = _optimizer(model, spec)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    inner = accelerator.unwrap_model(model)
+    if spec.gradient_checkpointing:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    done, metrics = checkpoint.read(out, inner, optimizer.optimizer)
+    for row in metrics:
+        context.log(row)
+    model.train()
+    for step in range(done, len(steps)):
+        rate = spec.learning_rate * lr_factor(spec.lr_scheduler, step, len(steps), spec.warmup_ratio)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(seed_of(spec.seed, "step", spec.iteration, step) % 2**63)  # dropout, where a model has it
+        where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
+        sums = _gradients(model, steps[step], loss, weight, name, spec, accelerator, where)
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), spec.max_grad_norm))
+        _refuse_nonfinite(norm, "gradient", where, [name(i) for i in steps[step]])
+        optimizer.step()
+        optimizer.zero_grad()
+        row = {"iteration": spec.iteration, "step": step + 1}
+        row |= {f"{prefix}/{key}": value for key, value in (sums | {"grad_norm": norm, "learning_rate": rate}).items()}
+        metrics.append(row)
+        context.log(row)
+        context.progress(step + 1, len(steps), "step")
+        if (step + 1) % spec.save_every == 0 and step + 1 < len(steps):
+            checkpoint.write(out, inner, optimizer.optimizer, step + 1, metrics)
+    if spec.gradient_checkpointing:
+        inner.gradient_checkpointing_disable()
+    model.eval()
+    return metrics
+
+
+def _gradients(
+    model: PreTrainedModel,
+    rows: Sequence[int],
+    loss: Callable[[PreTrainedModel, Sequence[int]], tuple[Tensor, Metrics]],
+    weight: Callable[[Sequence[int]], float],
+    name: Callable[[int], str],
+    spec: FitSpec,
+    accelerator: Accelerator,
+    where: str,
+) -> Metrics:
+    """Accumulate a step's gradients over its micro-batches; the step's mean metrics."""
+    total: Metrics = {}
+    scale = weight(rows)
+    for start in range(0, len(rows), spec.micro_batch_size):
+        micro = rows[start : start + spec.micro_batch_size]
+        summed, metrics = loss(model, micro)
+        _refuse_nonfinite(summed.item(), "loss", where, [name(i) for i in micro])
+        accelerator.backward(summed / scale)
+        for key, value in ({"loss": summed.item()} | metrics).items():
+            total[key] = total.get(key, 0.0) + value / scale
+    return total
+
+
+def _refuse_nonfinite(value: float, what: str, where: str, names: list[str]) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            f"The {what} is {value}.",
+            where=f"{where}; rows {', '.join(names)}",
+            why="an update with it would spoil the policy, so none was made; the last checkpoint stands",
+            todo="look at these rows, lower schedule.learning_rate, or use hardware.precision=fp32",
+        )

@@ -1,0 +1,77 @@
+"""Answers and scores joined by id into pairs with reference log-probs; the same for training and held-out rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from spin_reg import opponents, tables
+from spin_reg.errors import DamagedError
+from spin_reg.opponents import Draw, Reference
+from spin_reg.specs import PairsSpec, Split, answers_role, generated_role, real_role
+from spin_reg.tables import Row
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with its real answer, one generated answer, and the reference log-probs of both (nats, sums)."""
+
+    example: Row
+    answer: Row
+    reference_real: float
+    reference_generated: float
+
+
+def scores(folder: Path) -> dict[str, Row]:
+    """A scores table by example_id."""
+    path = folder / "scores.parquet"
+    return tables.by_id(tables.read(path), path)
+
+
+def pairs(spec: PairsSpec, inputs: Mapping[str, Path], split: Split) -> list[Pair]:
+    """The pairs of an iteration, in the order of (example, iterate that answered).
+
+    Raises:
+        DamagedError: a prompt without its answer, or an answer without a log-prob: missing is never 0.
+    """
+    reference = opponents.from_json(spec.reference)
+    examples = tables.read(inputs["data"] / f"{split}.parquet")
+    answers = {j: _answers(inputs[answers_role(j)]) for j in spec.window}
+    real = {k: scores(inputs[real_role(k)]) for k in opponents.support(reference)}
+    generated = {
+        j: {k: scores(inputs[generated_role(k, j)]) for k in opponents.scorers(reference, j)} for j in spec.window
+    }
+    made = []
+    for example in examples:
+        for j in _answerers(spec.window, spec.draw, example["example_id"]):
+            answer = _found(answers[j], example["example_id"], f"answers of iterate {j}")
+            both = [_mixed(reference, table, example["example_id"], j) for table in (real, generated[j])]
+            made.append(Pair(example, answer, *both))
+    return made
+
+
+def _answers(folder: Path) -> dict[str, Row]:
+    path = folder / "answers.parquet"
+    return tables.by_id(tables.read(path), path)
+
+
+def _answerers(window: tuple[int, ...], draw: Draw | None, example_id: str) -> tuple[int, ...]:
+    return window if draw is None else (draw.deal(example_id),)
+
+
+def _mixed(reference: Reference, table: Mapping[int, Mapping[str, Row]], example_id: str, j: int) -> float:
+    logprobs = {
+        k: float(_found(table[k], example_id, f"log-probs of iterate {k}")["logprob"])
+        for k in opponents.scorers(reference, j)
+    }
+    return opponents.evaluate(reference, logprobs, j)
+
+
+def _found(rows: Mapping[str, Row], example_id: str, what: str) -> Row:
+    if example_id not in rows:
+        raise DamagedError(
+            f"A row is missing among the {what}.",
+            where=f"example_id {example_id}",
+            why="every pair needs it, and a missing log-prob is never taken for 0",
+            todo="delete that stage's folder; the next call makes it again",
+        )
+    return rows[example_id]

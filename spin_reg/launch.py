@@ -1,0 +1,216 @@
+"""One run from settings to a finished folder: find or make the folder, own it, bring every stage into being."""
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spin_reg import __version__, config, durable, rundir, runner, sources, tracking
+from spin_reg.config import Config
+from spin_reg.errors import ConfigError
+from spin_reg.fingerprint import plain
+from spin_reg.plan import Sources, Stage, plan
+from spin_reg.runner import Listener, State, Status
+from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run before anything of it is made: its folder, its stages, and how each stands."""
+
+    config: Config
+    root: Path
+    outputs: Path
+    sources: Sources
+    stages: list[Stage]
+    states: list[State]
+
+    @property
+    def finished(self) -> bool:
+        return all(state.status is Status.done for state in self.states)
+
+
+def prepare(settings: Config) -> Planned:
+    """Plan a run and look at what is there; writes nothing.
+
+    Raises:
+        ConfigError: the folder was made with other settings; the model is not to be had. DataError: nor the data.
+    """
+    outputs = Path(settings.outputs).expanduser().resolve()
+    root = outputs / config.run_name(settings)
+    saved = _saved(root)
+    if saved is not None:
+        _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
+    found = _sources(settings, (saved or {}).get("sources", {}))
+    stages = plan(settings, found)
+    states = [runner.state_of(root, outputs, stage) for stage in stages]
+    return Planned(settings, root, outputs, found, stages, states)
+
+
+def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> None:
+    """Make what is missing of a planned run.
+
+    Raises:
+        RunBusy: another process owns the folder. Whatever a stage raises.
+    """
+    settings, root = planned.config, planned.root
+    for stage, state in zip(planned.stages, planned.states, strict=True):
+        if state.status is Status.stale:
+            raise runner.refused(root, stage, state)
+    _environment(settings)
+    if not root.exists():
+        _check_data(planned)
+    root.mkdir(parents=True, exist_ok=True)
+    with rundir.owned(root), _logging(root):
+        _write_provenance(planned, overrides)
+        identity = config.flatten(plain(settings))
+        try:
+            with tracking.mirror(root, settings.tracker, identity) as mirror:
+                runner.run_all(
+                    planned.stages,
+                    root=root,
+                    outputs=planned.outputs,
+                    listener=listener,
+                    sink=mirror,
+                    clock=time.monotonic,
+                )
+        except BaseException:
+            log.exception("the run ended early")
+            raise
+
+
+def _check_data(planned: Planned) -> None:
+    """Before a new folder is made its data must be good: read them, in memory."""
+    first = planned.stages[0]
+    if planned.states[0].status is Status.todo:
+        from spin_reg.stages import prepare as stage
+
+        assert first.kind == "prepare"
+        stage.check(first.spec)  # type: ignore[arg-type]
+
+
+def _environment(settings: Config) -> None:
+    """Pin what bits depend on, and quiet the libraries, before torch is imported."""
+    threads = settings.hardware.threads or os.cpu_count() or 1
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _saved(root: Path) -> dict[str, Any] | None:
+    path = root / rundir.RUN
+    if not path.exists():
+        if root.exists() and any(root.iterdir()):
+            raise ConfigError(
+                "This folder is not a run of ours.",
+                where=str(root),
+                why=f"it has no {rundir.RUN}, yet it is not empty",
+                todo="choose another run_name or outputs",
+            )
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise rundir.damaged(path, f"it is not JSON ({error})") from error
+    return found
+
+
+def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    keys = [*old, *(key for key in new if key not in old)]
+    changed = [f"{k}: {json.dumps(old.get(k))} -> {json.dumps(new.get(k))}" for k in keys if old.get(k) != new.get(k)]
+    if changed:
+        raise ConfigError(
+            "This run folder was made with other settings.",
+            where=str(root),
+            why="; ".join(changed),
+            todo="leave these settings as they were, or give this run another run_name",
+        )
+
+
+def _sources(settings: Config, known: dict[str, Any]) -> Sources:
+    """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
+    model = _recorded(known.get("model"), _stamp(settings.model))
+    if model is None:
+        model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
+    data = _recorded(known.get("data"), _stamp(settings.dataset))
+    if data is None:
+        data = [sources.data_sha256(settings.dataset)]
+    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0])
+
+
+def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
+    return entry["sha256"] if entry is not None and stamp is not None and entry["stamp"] == stamp else None
+
+
+def _stamp(source: Model | Dataset) -> Any:
+    """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
+    if isinstance(source, Pretrained):
+        folder = Path(source.name_or_path).expanduser()
+        if not folder.exists():
+            return [source.name_or_path, source.revision]
+        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*")) if p.is_file()]
+    if isinstance(source, Jsonl):
+        path = Path(source.path).expanduser()
+        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+    return [source.path, source.revision, source.split] if isinstance(source, Hub) else []
+
+
+def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
+    settings, found = planned.config, planned.sources
+    path = planned.root / rundir.RUN
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    versions = {"python": platform.python_version(), "spin-reg": __version__}
+    versions |= {name: metadata.version(name) for name in PACKAGES}
+    if before and before["versions"] != versions:
+        changed = [
+            f"{k} {before['versions'].get(k)} -> {v}" for k, v in versions.items() if before["versions"].get(k) != v
+        ]
+        log.warning("versions differ from those this run began with: %s", ", ".join(changed))
+    value = {
+        "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": before.get("command") or sys.argv,
+        "overrides": before.get("overrides") or list(overrides),
+        "settings": config.identity_settings(settings),
+        "sources": {
+            "model": {"stamp": _stamp(settings.model), "sha256": [found.model, found.tokenizer]},
+            "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
+        },
+        "versions": before.get("versions") or versions,
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "threads": settings.hardware.threads or os.cpu_count(),
+    }
+    durable.write_json(path, value)
+    durable.write_bytes(planned.root / "config.yaml", config.as_yaml(settings).encode())
+
+
+@contextmanager
+def _logging(root: Path) -> Iterator[None]:
+    """Everything logged below `spin_reg` goes to run.log while the run is open."""
+    handler = logging.FileHandler(root / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("spin_reg")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,194 @@
+"""Models and tokenizers: the tiny one made on the spot, pretrained ones, and the iterates of a run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from spin_reg import sources
+from spin_reg.errors import ConfigError, DamagedError
+from spin_reg.settings import Hardware, Model, Precision, Pretrained, Tiny
+from spin_reg.specs import Policy
+
+BASE_FILE = "base.json"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A policy ready to run: its model, its tokenizer, and the token ids that end an answer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer with one token a byte and a chat template; it reads any text."""
+    vocabulary = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _tiny(spec: Tiny, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A random Llama; equal settings make equal weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden_size,
+        intermediate_size=8 * (spec.hidden_size // 3),
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_heads,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=spec.attn_implementation,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(spec.init_seed)
+        model = LlamaForCausalLM(config)
+    return model.to(_dtype(spec))
+
+
+def _dtype(spec: Model) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[spec.dtype.value]
+
+
+def start(spec: Model) -> Loaded:
+    """The model a run starts from, before any SFT."""
+    tokenizer = load_tokenizer(spec)
+    if isinstance(spec, Tiny):
+        return _loaded(_tiny(spec, tokenizer), tokenizer)
+    assert isinstance(spec, Pretrained)
+    return _loaded(_from_folder(sources.model_folder(spec), spec.dtype.value, spec.attn_implementation), tokenizer)
+
+
+def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which must have a chat template."""
+    if not isinstance(spec, Pretrained):
+        return byte_tokenizer()
+    folder = sources.model_folder(spec)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            "The model's tokenizer has no chat template.",
+            where=f"model.name_or_path={spec.name_or_path}",
+            why="prompts are rendered with the model's own template, in sampling and in training alike",
+            todo="use a chat model, or save the tokenizer with a chat_template",
+        )
+    return tokenizer
+
+
+def _from_folder(folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
+    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, **kwargs)
+
+
+def _loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    return Loaded(model.eval(), tokenizer, end_ids(model.generation_config, tokenizer))
+
+
+def generation_config(spec: Model) -> GenerationConfig | None:
+    """The generation config beside a pretrained model, where it has one."""
+    if not isinstance(spec, Pretrained):
+        return None
+    folder = sources.model_folder(spec)
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
+
+
+def end_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids that end an answer: the generation config's and the tokenizer's."""
+    named = getattr(generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    found = {i for i in [*listed, tokenizer.eos_token_id] if i is not None}
+    if not found:
+        raise ConfigError(
+            "The model does not say which token ends an answer.",
+            where="the model's generation_config.json and tokenizer_config.json",
+            why="neither names an eos token, so no answer could end",
+            todo="set eos_token in the tokenizer, or eos_token_id in the generation config",
+        )
+    return tuple(sorted(found))
+
+
+_held: dict[str, Loaded] = {}  # the one iterate in memory, by folder
+
+
+def load(folder: Path, policy: Policy, *, exclusive: bool = False) -> Loaded:
+    """An iterate of a run; the last one asked for stays in memory.
+
+    Args:
+        folder: an iterate's `model/` folder, or a folder whose base.json names the base used as it is.
+        exclusive: the caller will change the weights: do not keep them, nor hand out the kept ones.
+    """
+    key = f"{folder.resolve()} {policy.dtype} {policy.attn_implementation}"
+    if exclusive or key not in _held:
+        forget()
+    if key in _held:
+        return _held[key]
+    base = folder / BASE_FILE
+    where = _base_folder(base) if base.exists() else folder
+    loaded = _loaded(
+        _from_folder(where, policy.dtype, policy.attn_implementation), AutoTokenizer.from_pretrained(where)
+    )
+    if not exclusive:
+        _held[key] = loaded
+    return loaded
+
+
+def forget() -> None:
+    """Drop the iterate kept in memory."""
+    _held.clear()
+
+
+def _base_folder(base: Path) -> Path:
+    saved = json.loads(base.read_text(encoding="utf-8"))
+    folder = sources.model_folder(Pretrained(name_or_path=saved["name"], revision=saved["revision"]))
+    found = sources.files_sha256(folder, sources.MODEL_FILES)
+    if found != saved["sha256"]:
+        raise DamagedError(
+            "The base model is not the one this run was made with.",
+            where=str(folder),
+            why=f"its files hash to {found[:12]}, but {base} says {str(saved['sha256'])[:12]}",
+            todo="put the old files back, or begin a run of its own with the new ones",
+        )
+    return folder
+
+
+def save(loaded: Loaded, folder: Path) -> None:
+    """An ordinary Hugging Face folder: safetensors, configuration, tokenizer with its chat template."""
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def accelerator(hardware: Hardware) -> Accelerator:
+    """Accelerate's device and precision handling for these settings (its state is one a process)."""
+    wanted = "bf16" if hardware.precision is Precision.bf16 else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=wanted, cpu=not torch.cuda.is_available())

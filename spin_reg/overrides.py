@@ -1,0 +1,83 @@
+"""What people type, and Hydra's complaints about it, in our words: the nearest key, the options of a group."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from spin_reg.config import Config, all_keys, bad_value, config_error, unknown_key
+from spin_reg.errors import ConfigError, SpinRegError
+
+TOP = ("model", "dataset", "regularizer", "schedule", "loss", "generation", "evaluation", "tracker", "hardware")
+GROUPS = (*TOP, "experiment")
+
+
+def check(words: Sequence[str]) -> None:
+    """Refuse words whose key no group and no setting has, with the nearest named, before Hydra reads them."""
+    known = [*all_keys(), *GROUPS]
+    for word in words:
+        key, equals, _ = word.lstrip("+~").partition("=")
+        if word.startswith("-") or key.startswith(("hydra", "/")):
+            continue
+        if not equals and not word.startswith("~"):
+            if re.fullmatch(r"[\w.]+", word):
+                near = get_close_matches(word, known, n=1)
+                todo = f"write {near[0] if near else word}=value"
+                raise ConfigError("This word sets nothing.", where=word, why="settings are key=value", todo=todo)
+            continue
+        name = key.partition("@")[0]
+        if name not in known:
+            raise unknown_key(name, known)
+
+
+def explain(error: Exception) -> SpinRegError:
+    """Hydra's or OmegaConf's error as one of ours; anything else as a failure of ours."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    text = str(error)
+    missing = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'", text)
+    if missing:
+        return _no_option(missing[1], missing[2])
+    absent = re.search(r"Key '([^']+)' is not in struct", text)
+    if absent:
+        full = re.search(r"full_key: (\S+)", text)
+        return unknown_key(full[1] if full else absent[1], [*all_keys(), *GROUPS])
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return config_error(cause)
+    if isinstance(error, OmegaConfBaseException):
+        return config_error(error)
+    if isinstance(error, HydraException):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return ConfigError(
+            "The settings cannot be composed.",
+            where="the command line",
+            why=" ".join(lines)[:400],
+            todo="see `spin-reg train --help`; values with special characters need quotes: 'key=\"value\"'",
+        )
+    if isinstance(error, ValueError) and re.match(r"[\w.]+=", text):
+        return bad_value(text)
+    return SpinRegError(
+        f"spin-reg failed: {type(error).__name__}.",
+        where=_place(error),
+        why=text[:400] or "no message",
+        todo="set HYDRA_FULL_ERROR=1 for the traceback (it is in the run's run.log too), and report it",
+    )
+
+
+def _no_option(group: str, name: str) -> ConfigError:
+    from spin_reg.cli import conf_dir
+
+    options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    near = get_close_matches(name, options, n=1, cutoff=0.4)
+    todo = (f"did you mean {group}={near[0]}? " if near else "") + f"{group} takes: {', '.join(options)}"
+    return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)
+
+
+def _place(error: BaseException) -> str:
+    """The innermost file and line of the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno}" if trace else type(Config).__name__

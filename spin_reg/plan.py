@@ -1,0 +1,241 @@
+"""The plan: a pure function from settings to the list of stages, each after what it needs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from spin_reg import opponents
+from spin_reg.config import Config
+from spin_reg.fingerprint import digest, identity
+from spin_reg.opponents import Draw, Opponent, Pairs
+from spin_reg.schedules import at
+from spin_reg.settings import Pretrained, Toy
+from spin_reg.specs import (
+    BaseSpec,
+    EvaluateSpec,
+    GenerateSpec,
+    PairsSpec,
+    Policy,
+    PrepareSpec,
+    ScoreSpec,
+    SftSpec,
+    Spec,
+    Split,
+    TrainSpec,
+    answers_role,
+    generated_role,
+    real_role,
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the settings point at, by content: None where it is made on the spot."""
+
+    model: str | None
+    tokenizer: str
+    data: str | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A folder to be made exactly once.
+
+    Attributes:
+        name: for people. folder: where it lies, relative to the run folder. spec: what is to be done.
+        needs: the stages whose folders it reads, by role.
+    """
+
+    name: str
+    folder: str
+    spec: Spec
+    needs: Mapping[str, "Stage"] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over kind, version, the result-changing fields of the spec, and the needs' fingerprints."""
+        needs = {role: need.fingerprint for role, need in self.needs.items()}
+        return digest([self.spec.kind, self.spec.version, identity(self.spec), needs])
+
+
+def plan(config: Config, sources: Sources) -> list[Stage]:
+    """All stages of a run in the order they are made."""
+    builder = _Builder(config, sources)
+    for t in range(config.schedule.iterations):
+        builder.evaluate(t)
+        builder.pairs(t)
+        builder.iterate(t + 1)
+    builder.evaluate(config.schedule.iterations)
+    return list(builder.stages.values())
+
+
+class _Builder:
+    """Makes each stage when it is first needed; `stages` keeps that order."""
+
+    def __init__(self, config: Config, sources: Sources) -> None:
+        self.config, self.sources = config, sources
+        self.policy = Policy(config.model.dtype, config.model.attn_implementation)
+        self.stages: dict[str, Stage] = {}
+
+    def _add(self, name: str, spec: Spec, folder: str | None = None, **needs: Stage) -> Stage:
+        return self.stages.setdefault(name, Stage(name, folder or name, spec, dict(needs)))
+
+    def _opponent(self, t: int) -> Opponent:
+        return self.config.regularizer.opponent(t)
+
+    def data(self) -> Stage:
+        c, s = self.config, self.sources
+        return self._add("data", PrepareSpec(c.model, s.tokenizer, c.dataset, s.data))
+
+    def iterate(self, k: int) -> Stage:
+        """The stage whose folder holds the weights of iterate k (or base.json)."""
+        c, data = self.config, self.data()
+        if k > 0:
+            return self._train(k - 1)
+        if isinstance(c.model, Pretrained) and c.model.sft.epochs == 0:
+            assert self.sources.model is not None
+            return self._add("iterate-00/base", BaseSpec(c.model, self.sources.model), folder="iterate-00")
+        spec = SftSpec(c.model, self.sources.model, c.model.sft, c.seed, c.hardware, c.schedule.save_every)
+        return self._add("iterate-00/sft", spec, folder="iterate-00/model", data=data)
+
+    def _train(self, t: int) -> Stage:
+        name = f"iteration-{t:02d}/train"
+        if name in self.stages:
+            return self.stages[name]
+        c, s = self.config, self.config.schedule
+        spec = TrainSpec(
+            t=t,
+            learning_rate=at(s.learning_rate, t),
+            beta=at(s.beta, t),
+            epochs=int(at(s.epochs, t)),
+            batch_size=s.batch_size,
+            optimizer=s.optimizer,
+            lr_scheduler=s.lr_scheduler,
+            warmup_ratio=s.warmup_ratio,
+            weight_decay=s.weight_decay,
+            max_grad_norm=s.max_grad_norm,
+            loss=c.loss,
+            seed=c.seed,
+            policy=self.policy,
+            hardware=c.hardware,
+            save_every=s.save_every,
+        )
+        needs = {"pairs": self.pairs(t), "model": self.iterate(t)}
+        return self._add(name, spec, f"iterate-{t + 1:02d}/model", **needs)
+
+    def _draw(self, t: int) -> Draw | None:
+        """How the training prompts of iteration t are dealt; None where every iterate of the window answers all."""
+        opponent = self._opponent(t)
+        if len(opponent.window) == 1 or opponent.pairs is Pairs.union:
+            return None
+        reuse = opponent.pairs is Pairs.reuse
+        samplers = [self._opponent(i).sampler for i in (range(t + 1) if reuse else [t])]
+        return Draw(self.config.seed, t, tuple(samplers), reuse)
+
+    def _heldout_draw(self, t: int) -> Draw | None:
+        opponent = self._opponent(t)
+        one = len(opponent.window) == 1
+        return None if one else Draw(self.config.seed, t, (opponent.sampler,), reuse=False)
+
+    def answers(self, j: int, t: int) -> Stage:
+        """The answers of iterate j that iteration t trains on.
+
+        Under `fresh` they are new each iteration; otherwise, and where one iterate answers everything, an iterate
+        answers once, in the iteration that carries its number.
+        """
+        opponent = self._opponent(t)
+        fresh = opponent.pairs is Pairs.fresh and len(opponent.window) > 1
+        round_ = t if fresh else j
+        return self._generate(j, Split.train, round_, self._draw(round_))
+
+    def _generate(self, k: int, split: Split, round_: int, draw: Draw | None, *, plain: bool = False) -> Stage:
+        c = self.config
+        sampling = replace(c.generation, temperature=1.0, top_p=1.0) if plain else c.generation
+        name = f"iterate-{k:02d}/answers/{split}" + (f"-{round_:02d}" if split is Split.train else "")
+        longest = c.generation.max_new_tokens or c.dataset.max_response_tokens
+        if sampling != c.generation:
+            name += "-temperature1"
+        spec = GenerateSpec(
+            k=k,
+            split=split,
+            round=round_,
+            draw=draw,
+            generation=sampling,
+            max_new_tokens=longest,
+            seed=c.seed,
+            policy=self.policy,
+            hardware=c.hardware,
+        )
+        return self._add(name, spec, data=self.data(), model=self.iterate(k))
+
+    def heldout_answers(self, k: int, *, plain: bool = False) -> Stage:
+        """One answer of iterate k to every held-out prompt; `plain`: at temperature 1 and top_p 1 whatever is set."""
+        return self._generate(k, Split.heldout, k, None, plain=plain)
+
+    def real(self, k: int, split: Split) -> Stage:
+        """Iterate k's log-probs of the real answers of a split."""
+        spec = ScoreSpec(k=k, split=split, j=None, draw=None, policy=self.policy, hardware=self.config.hardware)
+        return self._add(f"iterate-{k:02d}/scores/{split}-real", spec, data=self.data(), model=self.iterate(k))
+
+    def generated(self, k: int, answers: Stage) -> Stage:
+        """Iterate k's log-probs of the answers of another stage.
+
+        Under `reuse` an older iterate's answers are scored only where a newer scorer k still trains on them.
+        """
+        made = answers.spec
+        assert isinstance(made, GenerateSpec)
+        reused = made.split is Split.train and self._opponent(k).pairs is Pairs.reuse and k > made.k
+        draw = self._draw(k) if reused else None
+        spec = ScoreSpec(k=k, split=made.split, j=made.k, draw=draw, policy=self.policy, hardware=self.config.hardware)
+        folder, _, tail = answers.name.partition("/answers/")
+        name = f"iterate-{k:02d}/scores/{tail}-from-{folder.removeprefix('iterate-')}"
+        return self._add(name, spec, data=self.data(), model=self.iterate(k), answers=answers)
+
+    def _game(self, t: int, split: Split) -> tuple[PairsSpec, dict[str, Stage]]:
+        """What iteration t plays on a split: the spec of its pairs, and the stages they are joined from."""
+        opponent = self._opponent(t)
+        heldout = split is Split.heldout
+        answers = {j: self.heldout_answers(j) if heldout else self.answers(j, t) for j in reversed(opponent.window)}
+        needs = {"data": self.data()} | {answers_role(j): stage for j, stage in answers.items()}
+        iterates = opponents.support(opponent.reference)
+        for k in sorted(iterates, reverse=True):  # the newest first: it is the one in memory
+            needs[real_role(k)] = self.real(k, split)
+            for j, stage in answers.items():
+                if k in opponents.scorers(opponent.reference, j):
+                    needs[generated_role(k, j)] = self.generated(k, stage)
+        draw = self._heldout_draw(t) if heldout else self._draw(t)
+        tree = opponents.to_json(opponent.reference)
+        return PairsSpec(t=t, window=opponent.window, reference=tree, draw=draw), needs
+
+    def pairs(self, t: int) -> Stage:
+        """What iteration t trains on."""
+        name = f"iteration-{t:02d}/pairs"
+        if name in self.stages:
+            return self.stages[name]
+        spec, needs = self._game(t, Split.train)
+        return self._add(name, spec, f"iteration-{t:02d}", **needs)
+
+    def evaluate(self, k: int) -> None:
+        """What is reported of iterate k; its own work first, while it is in memory."""
+        c = self.config
+        if not c.evaluation.enabled:
+            return
+        own = self.heldout_answers(k, plain=True)
+        needs = {"data": self.data(), "model": self.iterate(k), "own": own, "own_scores": self.generated(k, own)}
+        needs[real_role(k)] = self.real(k, Split.heldout)
+        if isinstance(c.dataset, Toy):
+            needs["retained"] = self.real(k, Split.retained_heldout)
+        game = None
+        if k > 0:
+            for j in self._opponent(k - 1).window:
+                needs[generated_role(k, j)] = self.generated(k, self.heldout_answers(j))
+            game, joined = self._game(k - 1, Split.heldout)
+            needs |= joined | {"own_scores_previous": self.generated(k - 1, own)}
+            needs["own_scores_base"] = self.generated(0, own)
+        beta = at(c.schedule.beta, k - 1) if k > 0 else None
+        spec = EvaluateSpec(k=k, game=game, beta=beta, num_samples=c.evaluation.num_samples)
+        self._add(f"iterate-{k:02d}/evaluate", spec, **needs)

@@ -1,0 +1,47 @@
+"""Conversations to token ids: one renderer for sampling and training alike."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+class Unusable(Exception):
+    """Why a row cannot be used."""
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs))
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """The prompt with the template's generation prompt at its end: what is sampled from and trained on."""
+    return _ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, ends: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    """A conversation whose last message is the real answer, as (prompt ids, real answer's ids).
+
+    The answer ends with exactly one end token, after which nothing follows (what a template puts behind its end of
+    turn is cut off; where it puts no end token, the tokenizer's eos is added).
+
+    Raises:
+        Unusable: the prompt is not a prefix of the whole, the answer is empty, or it holds an end token inside.
+    """
+    prompt = prompt_ids(tokenizer, messages[:-1])
+    whole = _ids(tokenizer, messages)
+    if whole[: len(prompt)] != prompt:
+        raise Unusable("the template's prompt is not a prefix of the template's whole conversation")
+    answer = whole[len(prompt) :]
+    ended = [i for i, token in enumerate(answer) if token in ends]
+    if not ended:
+        answer, ended = [*answer, int(tokenizer.eos_token_id)], [len(answer)]
+    if len(ended) > 1:
+        raise Unusable("the answer's text holds the token that ends an answer")
+    answer = answer[: ended[0] + 1]
+    if len(answer) == 1:
+        raise Unusable("the answer is empty")
+    return prompt, answer

@@ -1,0 +1,95 @@
+"""Where models and data come from: local folders and files, or the Hub; resolved and hashed without torch."""
+
+from pathlib import Path
+
+from spin_reg.errors import ConfigError, DataError
+from spin_reg.fingerprint import digest, file_sha256
+from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
+
+MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens*", "vocab*", "merges.txt", "generation_config.json")
+
+
+def model_folder(model: Pretrained) -> Path:
+    """The local folder that holds the model; a Hub name is downloaded at its revision (or found in the Hub's cache).
+
+    Raises:
+        ConfigError: neither a folder with a config.json and safetensors, nor a reachable Hub name.
+    """
+    folder = Path(model.name_or_path).expanduser()
+    if not folder.exists():
+        folder = _from_hub(model, folder)
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
+        if not list(folder.glob(pattern)):
+            raise ConfigError(
+                "This folder is not a model.",
+                where=f"model.name_or_path={model.name_or_path}",
+                why=f"it has no {what}",
+                todo="give a Hugging Face folder as save_pretrained writes it",
+            )
+    return folder
+
+
+def _from_hub(model: Pretrained, folder: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        allowed = list(MODEL_FILES)
+        return Path(snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=allowed))
+    except Exception as error:  # the Hub's client raises a dozen kinds; each means the model is not to be had
+        raise ConfigError(
+            "The model was not found.",
+            where=f"model.name_or_path={model.name_or_path}",
+            why=f"there is no folder {folder}, and the Hub answered {type(error).__name__}: {_first_line(error)}",
+            todo="give a local folder, or a Hub name (and model.revision) that this machine can reach",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
+    """One SHA-256 over the names and contents of the files of a folder that match."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return digest([[path.name, file_sha256(path)] for path in files])
+
+
+def model_sha256(model: Model) -> str | None:
+    """The identity of a pretrained model's files (weights, configuration, tokenizer); None where it is made here."""
+    return files_sha256(model_folder(model), MODEL_FILES) if isinstance(model, Pretrained) else None
+
+
+def tokenizer_sha256(model: Model) -> str:
+    """The identity of a model's tokenizer and chat template."""
+    if isinstance(model, Pretrained):
+        return files_sha256(model_folder(model), TOKENIZER_FILES)
+    return "byte-level tokenizer, 1"
+
+
+def data_sha256(dataset: Dataset) -> str | None:
+    """The identity of the data: a file's content, a Hub data set's commit; None where it is made here."""
+    if isinstance(dataset, Jsonl):
+        path = Path(dataset.path).expanduser()
+        if not path.is_file():
+            raise DataError(
+                "The data file was not found.", where=str(path), why="no such file", todo="set dataset.path"
+            )
+        return file_sha256(path)
+    if isinstance(dataset, Hub):
+        return _hub_commit(dataset)
+    return None
+
+
+def _hub_commit(dataset: Hub) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(dataset.path, revision=dataset.revision).sha)
+    except Exception as error:  # as above
+        raise DataError(
+            "The data set was not found on the Hub.",
+            where=f"dataset.path={dataset.path}",
+            why=f"the Hub answered {type(error).__name__}: {_first_line(error)}",
+            todo="check the name, dataset.revision and the network; a local copy works with dataset=jsonl",
+        ) from error

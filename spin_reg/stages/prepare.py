@@ -1,0 +1,34 @@
+"""Data into token ids, split into train and held-out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spin_reg import data, durable, models, tables
+from spin_reg.context import Context
+from spin_reg.data import Splits
+from spin_reg.fingerprint import digest
+from spin_reg.specs import PrepareSpec
+
+_checked: dict[str, tuple[Splits, dict[str, Any]]] = {}  # what `check` made, until `run` writes it
+
+
+def check(spec: PrepareSpec, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Read and tokenise the data in memory, so that a run folder is made only for data known to be good.
+
+    Raises:
+        DataError, ConfigError: see `data.prepare`.
+    """
+    tokenizer = models.load_tokenizer(spec.model)
+    ends = models.end_ids(models.generation_config(spec.model), tokenizer)
+    _checked[digest(spec)] = data.prepare(spec.dataset, tokenizer, ends, progress)
+
+
+def run(spec: PrepareSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
+    """Write SPLIT.parquet for every split, and summary.json with every dropped row."""
+    if digest(spec) not in _checked:
+        check(spec, lambda done, total: context.progress(done, total, "row"))
+    splits, summary = _checked.pop(digest(spec))
+    for split, rows in splits.items():
+        tables.write(out / f"{split}.parquet", rows, tables.EXAMPLES)
+    durable.write_json(out / "summary.json", summary | {"counts": {split: len(rows) for split, rows in splits.items()}})

@@ -1,8 +1,9 @@
 """What an iteration plays against: who answers the prompts, and what the loss compares the policy with.
 
-A reference is a small frozen tree over iterates. It is built bottom-up so that equal meanings are equal values: zero
-weights are dropped, equal parts merged, a single part replaced by itself, the rest sorted. Hence at iteration 0, where
-the history holds one policy, every regularizer *is* `Iterate(0)`, and `alpha = 0` is SPIN, bit for bit.
+A reference is a small frozen tree over iterates, built bottom-up in a canonical form: zero weights are dropped, equal
+parts merged, a single part replaced by itself, the rest sorted (trees within trees stay as they are). Hence at
+iteration 0, where the history holds one policy, every regularizer *is* `Iterate(0)`, and `alpha = 0` is SPIN, bit for
+bit.
 """
 
 import math
@@ -176,13 +177,16 @@ class Opponent:
     pairs: Pairs = Pairs.fresh
 
     def __post_init__(self) -> None:
-        if not math.isclose(sum(w for _, w in self.sampler), 1.0, abs_tol=1e-9):
-            raise ValueError("sampler weights must sum to 1")
+        weights = [w for _, w in self.sampler]
+        if min(weights) <= 0 or not math.isclose(sum(weights), 1.0, abs_tol=1e-9):
+            raise ValueError("sampler weights must be positive and sum to 1")
+        if self.pairs is Pairs.reuse and max(weights) - min(weights) > 1e-9:
+            raise ValueError("regularizer.pairs=reuse: it deals evenly, so the sampler's weights must be equal")
 
     @cached_property
     def window(self) -> tuple[int, ...]:
         """The iterates that answer, oldest first."""
-        return tuple(sorted(k for k, w in self.sampler if w > 0))
+        return tuple(sorted(k for k, _ in self.sampler))
 
 
 @dataclass

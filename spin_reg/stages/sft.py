@@ -45,7 +45,7 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             warmup_ratio=0.1,
             weight_decay=0.0,
             max_grad_norm=1.0,
-            micro_batch_size=spec.hardware.micro_batch_size,
+            micro_batch_size=2 * spec.hardware.micro_batch_size,  # as many sequences as that many pairs,
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             seed=spec.seed,

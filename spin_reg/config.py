@@ -13,6 +13,7 @@ from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, identity, plain
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
+from spin_reg.schedules import per_iteration
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"tiny": settings.Tiny, "pretrained": settings.Pretrained},
@@ -111,11 +112,12 @@ def _refuse_unknown(cfg: DictConfig) -> None:
             return
         known = [f.name for f in fields(kind)]
         for key in node:
+            name = prefix + str(key)
             if str(key) not in known:
-                raise unknown_key(f"{prefix}{key}", [f"{prefix}{name}" for name in known])
+                raise unknown_key(name, [prefix + k for k in known])
             child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none():
-                walk(child, f"{prefix}{key}.")
+                walk(child, f"{name}.")
 
     walk(cfg, "")
 
@@ -152,7 +154,7 @@ def _check_alpha(config: Config, sweep: bool) -> None:
         message = f"alpha={config.alpha}: regularizer={name} takes no alpha; leave it out or use regularizer=kl"
         settings.check(sweep, message)
     else:
-        given = type(config.regularizer)(alpha=config.alpha).alpha  # type: ignore[call-arg]
+        given = per_iteration("alpha", config.alpha, low=0.0, high=1.0)
         message = f"alpha={config.alpha}: regularizer.alpha={own} is set too and wins; give one of them"
         settings.check(given == own, message)
 

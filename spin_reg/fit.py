@@ -60,8 +60,9 @@ def lr_factor(kind: LrScheduler, step: int, total: int, warmup_ratio: float) -> 
 
 
 def _optimizer(model: PreTrainedModel, spec: FitSpec) -> torch.optim.Optimizer:
-    kind = {Optimizer.adamw: torch.optim.AdamW, Optimizer.rmsprop: torch.optim.RMSprop}[spec.optimizer]
-    return kind(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    if spec.optimizer is Optimizer.rmsprop:
+        return torch.optim.RMSprop(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
 
 def fit(

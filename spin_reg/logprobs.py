@@ -71,7 +71,8 @@ def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     ).logits
     logits = logits[:, -(width + 1) : -1].float()  # the logits *before* a token predict it
     token_logits: Tensor = logits.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
-    return (token_logits - logits.logsumexp(dim=-1)).masked_fill(~batch.response_mask, 0.0)
+    logprobs: Tensor = token_logits - logits.logsumexp(dim=-1)
+    return logprobs.masked_fill(~batch.response_mask, 0.0)
 
 
 def sequence_logprobs(model: nn.Module, batch: Batch) -> Tensor:

@@ -81,15 +81,15 @@ class _Builder:
         self.policy = Policy(config.model.dtype, config.model.attn_implementation)
         self.stages: dict[str, Stage] = {}
 
-    def _add(self, name: str, spec: Spec, folder: str | None = None, **needs: Stage) -> Stage:
-        return self.stages.setdefault(name, Stage(name, folder or name, spec, dict(needs)))
+    def _add(self, name: str, spec: Spec, needs: Mapping[str, Stage], folder: str | None = None) -> Stage:
+        return self.stages.setdefault(name, Stage(name, folder or name, spec, needs))
 
     def _opponent(self, t: int) -> Opponent:
         return self.config.regularizer.opponent(t)
 
     def data(self) -> Stage:
         c, s = self.config, self.sources
-        return self._add("data", PrepareSpec(c.model, s.tokenizer, c.dataset, s.data))
+        return self._add("data", PrepareSpec(c.model, s.tokenizer, c.dataset, s.data), {})
 
     def iterate(self, k: int) -> Stage:
         """The stage whose folder holds the weights of iterate k (or base.json)."""
@@ -98,9 +98,9 @@ class _Builder:
             return self._train(k - 1)
         if isinstance(c.model, Pretrained) and c.model.sft.epochs == 0:
             assert self.sources.model is not None
-            return self._add("iterate-00/base", BaseSpec(c.model, self.sources.model), folder="iterate-00")
+            return self._add("iterate-00/base", BaseSpec(c.model, self.sources.model), {}, folder="iterate-00")
         spec = SftSpec(c.model, self.sources.model, c.model.sft, c.seed, c.hardware, c.schedule.save_every)
-        return self._add("iterate-00/sft", spec, folder="iterate-00/model", data=data)
+        return self._add("iterate-00/sft", spec, {"data": data}, folder="iterate-00/model")
 
     def _train(self, t: int) -> Stage:
         name = f"iteration-{t:02d}/train"
@@ -125,7 +125,7 @@ class _Builder:
             save_every=s.save_every,
         )
         needs = {"pairs": self.pairs(t), "model": self.iterate(t)}
-        return self._add(name, spec, f"iterate-{t + 1:02d}/model", **needs)
+        return self._add(name, spec, needs, folder=f"iterate-{t + 1:02d}/model")
 
     def _draw(self, t: int) -> Draw | None:
         """How the training prompts of iteration t are dealt; None where every iterate of the window answers all."""
@@ -170,7 +170,7 @@ class _Builder:
             policy=self.policy,
             hardware=c.hardware,
         )
-        return self._add(name, spec, data=self.data(), model=self.iterate(k))
+        return self._add(name, spec, {"data": self.data(), "model": self.iterate(k)})
 
     def heldout_answers(self, k: int, *, plain: bool = False) -> Stage:
         """One answer of iterate k to every held-out prompt; `plain`: at temperature 1 and top_p 1 whatever is set."""
@@ -179,7 +179,7 @@ class _Builder:
     def real(self, k: int, split: Split) -> Stage:
         """Iterate k's log-probs of the real answers of a split."""
         spec = ScoreSpec(k=k, split=split, j=None, draw=None, policy=self.policy, hardware=self.config.hardware)
-        return self._add(f"iterate-{k:02d}/scores/{split}-real", spec, data=self.data(), model=self.iterate(k))
+        return self._add(f"iterate-{k:02d}/scores/{split}-real", spec, {"data": self.data(), "model": self.iterate(k)})
 
     def generated(self, k: int, answers: Stage) -> Stage:
         """Iterate k's log-probs of the answers of another stage.
@@ -193,7 +193,7 @@ class _Builder:
         spec = ScoreSpec(k=k, split=made.split, j=made.k, draw=draw, policy=self.policy, hardware=self.config.hardware)
         folder, _, tail = answers.name.partition("/answers/")
         name = f"iterate-{k:02d}/scores/{tail}-from-{folder.removeprefix('iterate-')}"
-        return self._add(name, spec, data=self.data(), model=self.iterate(k), answers=answers)
+        return self._add(name, spec, {"data": self.data(), "model": self.iterate(k), "answers": answers})
 
     def _game(self, t: int, split: Split) -> tuple[PairsSpec, dict[str, Stage]]:
         """What iteration t plays on a split: the spec of its pairs, and the stages they are joined from."""
@@ -217,7 +217,7 @@ class _Builder:
         if name in self.stages:
             return self.stages[name]
         spec, needs = self._game(t, Split.train)
-        return self._add(name, spec, f"iteration-{t:02d}", **needs)
+        return self._add(name, spec, needs, folder=f"iteration-{t:02d}")
 
     def evaluate(self, k: int) -> None:
         """What is reported of iterate k; its own work first, while it is in memory."""
@@ -238,4 +238,4 @@ class _Builder:
             needs["own_scores_base"] = self.generated(0, own)
         beta = at(c.schedule.beta, k - 1) if k > 0 else None
         spec = EvaluateSpec(k=k, game=game, beta=beta, num_samples=c.evaluation.num_samples)
-        self._add(f"iterate-{k:02d}/evaluate", spec, **needs)
+        self._add(f"iterate-{k:02d}/evaluate", spec, needs)

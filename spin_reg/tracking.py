@@ -70,10 +70,10 @@ class WandbMirror:
         saved = root / WANDB_FILE
         if not saved.exists():
             durable.write_json(saved, {"id": digest([str(root.resolve()), os.urandom(8).hex()])[:16]})
-        offline = not (os.environ.get("WANDB_API_KEY") or _has_login(wandb))
-        mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
-        if mode == "offline":
-            log.info("W&B: offline (no key, or WANDB_MODE=offline); `wandb sync` sends it later")
+        online = bool(os.environ.get("WANDB_API_KEY")) or _has_login(wandb)
+        if not online and "WANDB_MODE" not in os.environ:
+            log.info("W&B: no key, so offline; `wandb sync` sends it later")
+            os.environ["WANDB_MODE"] = "offline"
         self._run = wandb.init(
             project=tracker.project,
             entity=tracker.entity,
@@ -82,8 +82,7 @@ class WandbMirror:
             name=root.name,
             dir=root,
             config=settings,
-            resume="allow" if mode == "online" else None,
-            mode=mode,
+            resume="allow",
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
         self._first = int(self._run.starting_step or 0)

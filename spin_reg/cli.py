@@ -23,6 +23,7 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
   spin-reg train --help             every group and every setting
   spin-reg train --cfg job          the composed configuration
   spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value
+  eval "$(spin-reg -sc install=bash)"    shell completion (also zsh, fish)
 
 Try it:  spin-reg train regularizer=kl alpha=0.5     (two minutes on a laptop, no network)
 """
@@ -50,8 +51,6 @@ def main() -> None:
 
 
 def _report(error: SpinRegError) -> int:
-    if os.environ.get("SPIN_REG_TRACEBACK"):
-        traceback.print_exception(error)
     print(f"spin-reg: {error}", file=sys.stderr)
     return error.exit_code
 
@@ -73,6 +72,8 @@ def _dispatch(program: str, words: list[str]) -> int:
     if verb == "--version":
         print(__version__)
         return 0
+    if verb in ("-sc", "--shell-completion"):
+        return _complete(program, words)
     if verb not in VERBS:
         from difflib import get_close_matches
 
@@ -80,6 +81,20 @@ def _dispatch(program: str, words: list[str]) -> int:
         todo = f"did you mean `spin-reg {near[0]}`?" if near else f"verbs: {', '.join(VERBS)}"
         raise ConfigError(f"There is no verb {verb}.", where="the command line", why="it is none of ours", todo=todo)
     return VERBS[verb](program, rest)
+
+
+def _complete(program: str, words: list[str]) -> int:
+    """Shell completion: ours for the verb, then Hydra's, which must not see the verb."""
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split()
+    if len(typed) > 2 or (len(typed) == 2 and line.endswith(" ")):
+        if typed[1] not in ("train", "plan"):
+            return 0
+        os.environ["COMP_LINE"] = line.replace(f" {typed[1]} ", " ", 1)
+    elif line:
+        print(" ".join(VERBS))
+        return 0
+    return _compose(program, words, lambda cfg: None)
 
 
 def _train(program: str, words: list[str]) -> int:
@@ -136,24 +151,37 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     from spin_reg import config, overrides
 
     config.register()
+    overrides.register_help(conf_dir())
     overrides.check(words)
     sys.argv = [program, *words]
     shown = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting
+    failures: list[SpinRegError] = []
+
+    def guarded(cfg: Any) -> None:
+        """One run; its failure is told at once, and in a sweep the other points still run."""
+        try:
+            task(cfg)
+        except Exception as error:
+            failures.append(_ours(error, traceback_wanted=bool(shown)))
+            _report(failures[-1])
+
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
-    except SpinRegError:
-        raise
-    except KeyboardInterrupt:
-        raise
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except Exception as error:
-        if shown:
-            traceback.print_exc()
-        raise overrides.explain(error) from error
+        raise _ours(error, traceback_wanted=bool(shown)) from error
     finally:
         if shown is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    return 0
+    return failures[0].exit_code if failures else 0
+
+
+def _ours(error: Exception, *, traceback_wanted: bool) -> SpinRegError:
+    from spin_reg import overrides
+
+    if traceback_wanted:
+        traceback.print_exception(error)
+    return error if isinstance(error, SpinRegError) else overrides.explain(error)
 
 
 def _planned(cfg: Any) -> Any:

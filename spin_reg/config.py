@@ -98,8 +98,8 @@ def config_error(error: OmegaConfBaseException) -> ConfigError:
     """A ConfigError from one of OmegaConf's."""
     key = getattr(error, "full_key", None) or "the configuration"
     why = str(error).splitlines()[0]
-    if "Missing mandatory value" in why:
-        return ConfigError("A setting must be given.", where=key, why="it has no default", todo=f"add {key}=... ")
+    if "issing mandatory value" in why:
+        return ConfigError("A setting must be given.", where=key, why="it has no default", todo=f"add {key}=...")
     return ConfigError("A setting cannot be used.", where=key, why=why, todo=f"give {key} another value")
 
 

@@ -13,6 +13,7 @@ from spin_reg.plan import Stage
 from spin_reg.runner import State, Status
 
 COLUMNS = ("heldout_nll", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous", "length_mean")
+PIPED_WIDTH = 120
 EVERY = 10.0  # seconds between plain progress lines
 
 
@@ -20,7 +21,8 @@ class Screen:
     """Listens to the runner; one line a stage, with a live bar where there is a terminal."""
 
     def __init__(self) -> None:
-        self.console = Console(file=sys.stderr, highlight=False)
+        terminal = sys.stderr.isatty()
+        self.console = Console(file=sys.stderr, highlight=False, width=None if terminal else PIPED_WIDTH)
         self._bar: Progress | None = None
         self._title, self._began, self._said = "", 0.0, 0.0
 
@@ -78,8 +80,8 @@ def iterates_table(root: Path, iterations: int) -> Table | None:
     table = Table(title=root.name, title_justify="left")
     table.add_column("iterate")
     for name in names:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("_", "\n", 1), justify="right")
     for k, values in found.items():
-        cells = [f"{values[f'eval/{name}']:.4g}" if f"eval/{name}" in values else "" for name in names]
+        cells = [f"{values[f'eval/{name}']:.3g}" if f"eval/{name}" in values else "" for name in names]
         table.add_row(f"{k}{' (base)' if k == 0 else ''}", *cells)
     return table

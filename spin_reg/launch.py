@@ -23,6 +23,11 @@ from spin_reg.runner import Listener, State, Status
 from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 log = logging.getLogger(__name__)
 
 
@@ -103,16 +108,11 @@ def _check_data(planned: Planned) -> None:
 
 def _environment(settings: Config) -> None:
     """Pin what bits depend on, and quiet the libraries, before torch is imported."""
-    threads = settings.hardware.threads or os.cpu_count() or 1
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import torch
-    import transformers
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from spin_reg import models
 
-    torch.set_num_threads(threads)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    models.environment(settings.hardware.threads or os.cpu_count() or 1)
 
 
 def _saved(root: Path) -> dict[str, Any] | None:

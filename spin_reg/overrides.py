@@ -5,19 +5,52 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from hydra.core.config_store import ConfigStore
+
 from spin_reg.config import Config, all_keys, bad_value, config_error, unknown_key
 from spin_reg.errors import ConfigError, SpinRegError
 
 TOP = ("model", "dataset", "regularizer", "schedule", "loss", "generation", "evaluation", "tracker", "hardware")
 GROUPS = (*TOP, "experiment")
+SHELL = {"-sc", "--shell-completion"}
+VALUED = {  # Hydra's flags that a value follows
+    *("--cfg", "-c", "--package", "-p", "--config-name", "-cn"),
+    *("--config-path", "-cp", "--config-dir", "-cd", "--info", "-i"),
+}
+
+
+HELP = """\
+spin-reg train [key=value ...]    play the game: generate, score, train, evaluate, again and again
+
+Examples
+  spin-reg train regularizer=kl alpha=0.5
+  spin-reg train -m regularizer=kl alpha=0,0.25,0.5,1
+  spin-reg train model=pretrained model.name_or_path=FOLDER dataset=jsonl dataset.path=FILE
+
+Groups (choose with group=option)
+{groups}
+
+Settings (change with key=value)
+$CONFIG
+"""
+
+
+def register_help(conf: Path) -> None:
+    """Hydra's --help with the groups that conf/ holds (its own listing would show the schemas too)."""
+    options = {group: sorted(path.stem for path in (conf / group).glob("*.yaml")) for group in GROUPS}
+    groups = "\n".join(f"  {group}: {', '.join(names)}" for group, names in options.items())
+    node = {"app_name": "spin-reg", "header": "", "footer": "", "template": HELP.format(groups=groups)}
+    ConfigStore.instance().store(group="hydra/help", name="spin_reg", node=node)
 
 
 def check(words: Sequence[str]) -> None:
     """Refuse words whose key no group and no setting has, with the nearest named, before Hydra reads them."""
-    known = [*all_keys(), *GROUPS]
-    for word in words:
+    if SHELL & set(words):
+        return
+    known = sorted({*all_keys(), *GROUPS})
+    for before, word in zip(["", *words], words, strict=False):
         key, equals, _ = word.lstrip("+~").partition("=")
-        if word.startswith("-") or key.startswith(("hydra", "/")):
+        if before in VALUED or word.startswith("-") or key.startswith(("hydra", "/")):
             continue
         if not equals and not word.startswith("~"):
             if re.fullmatch(r"[\w.]+", word):
@@ -42,7 +75,7 @@ def explain(error: Exception) -> SpinRegError:
     absent = re.search(r"Key '([^']+)' is not in struct", text)
     if absent:
         full = re.search(r"full_key: (\S+)", text)
-        return unknown_key(full[1] if full else absent[1], [*all_keys(), *GROUPS])
+        return unknown_key(full[1] if full else absent[1], sorted({*all_keys(), *GROUPS}))
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return config_error(cause)

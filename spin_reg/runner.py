@@ -3,6 +3,7 @@ what was made otherwise."""
 
 import importlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,7 @@ from spin_reg.plan import Stage
 
 METRICS = "metrics.jsonl"
 Rows = list[dict[str, Any]]
+log = logging.getLogger(__name__)
 
 
 class Status(StrEnum):
@@ -110,6 +112,7 @@ def run_all(
         if state.status is Status.stale:
             raise refused(root, stage, state)
         listener.stage(index, len(stages), stage, state)
+        log.info("%s: %s (%s)", stage.name, state.status, state.reason)
         if state.status is Status.reuse:
             lies = rundir.elsewhere(outputs, stage)
             assert lies is not None

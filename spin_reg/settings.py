@@ -222,11 +222,17 @@ class Evaluation:
         check(self.num_samples >= 0, f"evaluation.num_samples={self.num_samples}: give 0 or more")
 
 
+TRACKERS = ("none", "wandb", "tensorboard", "mlflow", "trackio", "swanlab", "comet_ml", "aim", "clearml", "dvclive")
+
+
 @dataclass
 class Tracker:
     """Where metrics are mirrored to; `metrics.jsonl` in the run folder is the truth."""
 
     name: str = "none"
+
+    def __post_init__(self) -> None:
+        check(self.name in TRACKERS, f"tracker.name={self.name}: give one of {', '.join(TRACKERS)}")
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import netrc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlparse
 
 from spin_reg import durable
 from spin_reg.fingerprint import digest
@@ -70,8 +72,7 @@ class WandbMirror:
         saved = root / WANDB_FILE
         if not saved.exists():
             durable.write_json(saved, {"id": digest([str(root.resolve()), os.urandom(8).hex()])[:16]})
-        online = bool(os.environ.get("WANDB_API_KEY")) or _has_login(wandb)
-        if not online and "WANDB_MODE" not in os.environ:
+        if not (os.environ.get("WANDB_API_KEY") or _has_login()) and "WANDB_MODE" not in os.environ:
             log.info("W&B: no key, so offline; `wandb sync` sends it later")
             os.environ["WANDB_MODE"] = "offline"
         self._run = wandb.init(
@@ -121,9 +122,13 @@ class WandbMirror:
         self._run.finish(exit_code=exit_code)
 
 
-def _has_login(wandb: Any) -> bool:
-    """Whether a key lies in the netrc file or the settings; never asks."""
-    return bool(wandb.api.api_key)
+def _has_login() -> bool:
+    """Whether `wandb login` left a key in the netrc file; never asks, never calls out."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 class AccelerateMirror:

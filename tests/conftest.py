@@ -1,0 +1,73 @@
+"""The real command in this process, and settings small enough for a second."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = [
+    "tracker=none",
+    "model.hidden_size=16",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.sft.epochs=1",
+    "model.sft.learning_rate=1e-2",
+    "dataset.num_prompts=24",
+    "dataset.num_heldout=8",
+    "dataset.num_retained=8",
+    "schedule.batch_size=8",
+    "schedule.learning_rate=1e-2",
+    "schedule.iterations=2",
+    "hardware.threads=1",
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """`spin-reg WORDS...` through its real entry point."""
+    from spin_reg import cli
+
+    def run(*words: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["spin-reg", *words])
+        capsys.readouterr()
+        try:
+            cli.main()
+        except SystemExit as end:
+            captured = capsys.readouterr()
+            return Result(int(end.code or 0), captured.out, captured.err)
+        raise AssertionError("the command must end with an exit code")
+
+    return run
+
+
+@pytest.fixture
+def train(command: Command, tmp_path: Path) -> Callable[..., Path]:
+    """A small run that must succeed; returns its folder."""
+
+    def run(*words: str, name: str = "run", outputs: Path | None = None) -> Path:
+        place = outputs or tmp_path / "outputs"
+        result = command("train", *SMALL, f"outputs={place}", f"run_name={name}", *words)
+        assert result.code == 0, result.err
+        return place / name
+
+    return run
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

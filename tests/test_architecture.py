@@ -1,0 +1,90 @@
+"""Who may import what: the floors of the building, read off the imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "spin_reg"
+STD = {"__future__"}
+GROUND = {"errors", "fingerprint", "schedules", "opponents", "regularizers", "settings", "specs", "context"}
+FLOORS: list[tuple[set[str], set[str]]] = [
+    (GROUND, set()),
+    ({"config"}, {"omegaconf", "hydra"}),
+    ({"logprobs", "losses"}, {"torch"}),
+    (
+        {"durable", "sources", "tables", "toy", "render", "data", "models", "sampling", "checkpoint", "fit", "join"},
+        {
+            "torch",
+            "numpy",
+            "pyarrow",
+            "transformers",
+            "tokenizers",
+            "datasets",
+            "accelerate",
+            "safetensors",
+            "huggingface_hub",
+        },
+    ),
+    ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
+    ({"plan", "rundir", "runner", "launch", "tracking"}, {"filelock", "wandb", "accelerate"}),
+    ({"cli", "console", "overrides", "status"}, {"hydra", "rich", "omegaconf"}),
+]
+LATE_ONLY = {"launch", "runner", "tracking", "cli", "overrides"}  # may import what loads torch, but inside functions
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def floor(name: str) -> int:
+    return next(i for i, (modules, _) in enumerate(FLOORS) if name in modules)
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names imported, with `from spin_reg import x` as spin_reg.x."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            own = node.module == "spin_reg"
+            found |= {f"spin_reg.{alias.name}" for alias in node.names} if own else {node.module}
+    return found
+
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__main__.py" and p != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_the_floors(path: Path) -> None:
+    import sys
+
+    name = part(path)
+    mine, (_, outside) = floor(name), FLOORS[floor(name)]
+    for module in imports(ast.parse(path.read_text())):
+        top, _, rest = module.partition(".")
+        if top == "spin_reg":
+            target = rest.partition(".")[0]
+            if target and target != "__version__":
+                assert floor(target) <= mine, f"{name} imports {module} from above"
+                if name in {"models", "fit"} | {"stages"}:
+                    assert target != "config"
+        elif top not in sys.stdlib_module_names:
+            assert top in outside, f"{name} may not import {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_no_module_is_long_and_no_function(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 320
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno <= 66, f"{path.name}: {node.name}"
+
+
+def test_nothing_is_pickled() -> None:
+    for path in MODULES:
+        text = path.read_text()
+        assert "pickle" not in text.replace("no pickle", "") and "torch.load" not in text and "torch.save" not in text

@@ -1,0 +1,181 @@
+"""Every option composes; every mistake is answered with what, where, why and what to do, before torch is imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command
+from hydra import compose, initialize_config_dir
+
+from spin_reg import config, overrides
+from spin_reg.config import Config
+
+CONF = ROOT / "conf"
+GROUPS = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "experiment"]
+OPTIONS = sorted(
+    str(p.relative_to(CONF).with_suffix("")) for g in [*GROUPS, "experiment"] for p in CONF.glob(f"{g}/*.yaml")
+)
+MUST_GIVE = {
+    "model/pretrained": ["model.name_or_path=x"],
+    "dataset/jsonl": ["dataset.path=x.jsonl"],
+    "dataset/hub": ["dataset.path=a/b"],
+}
+
+
+def composed(*words: str, sweep: bool = False) -> Config:
+    config.register()
+    overrides.register_help(CONF)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return config.load(compose("config", list(words)), sweep=sweep)
+
+
+def test_all_options_are_seen() -> None:
+    assert sorted(GROUPS) == sorted(config.GROUPS)
+    assert len(OPTIONS) == len(list(CONF.rglob("*.yaml"))) - 1  # config.yaml
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes_and_loads(option: str) -> None:
+    group, name = option.split("/")
+    loaded = composed(f"{group}={name}", *MUST_GIVE.get(option, []))
+    assert config.run_name(loaded)
+
+
+def test_no_schema_shows_up_as_a_choice(command: Command) -> None:
+    help_text = command("train", "--help").out
+    assert "regularizer: base, fictitious_play, kl, mixture_of_two, none" in help_text
+    assert "schema/regularizer" not in help_text.split("Settings")[0]
+
+
+def test_same_settings_same_folder_and_every_result_changing_setting_another() -> None:
+    name = config.run_name(composed("regularizer=kl", "alpha=0.5"))
+    assert name.startswith("tiny-toy-kl-alpha0.5-seed0-")
+    assert config.run_name(composed("regularizer.alpha=0.5", "schedule.iterations=9", "evaluation=none")) == name
+    assert config.run_name(composed("tracker=none", "generation.batch_size=3", "hardware.micro_batch_size=1")) == name
+    others = ["seed=1", "alpha=0.25", "schedule.beta=0.2", "dataset.seed=1", "loss=ipo", "generation.top_p=0.9"]
+    names = {config.run_name(composed(other)) for other in [*others, "hardware.precision=bf16", "model.num_layers=2"]}
+    assert len(names) == 8 and name not in names
+
+
+def test_a_list_whose_last_value_repeats_is_the_same_setting() -> None:
+    assert config.run_name(composed("alpha=[0.1,0.5,0.5]")) == config.run_name(composed("alpha=[0.1,0.5]"))
+    assert composed("schedule.beta=[0.1,0.1,5]").schedule.beta == [0.1, 0.1, 5.0]
+
+
+BAD = [
+    (["regularizer.alfa=0.3"], "regularizer.alpha"),
+    (["regularizr=kl"], "regularizer"),
+    (["scedule.beta=1"], "schedule.beta"),
+    (["+schedule.betta=1"], "schedule.beta"),
+    (["++schedule.betta=1"], "schedule.beta"),
+    (["model.sft.epoch=1"], "model.sft.epochs"),
+    (["regularizer=kll"], "regularizer=kl"),
+    (["dataset=jsnl"], "dataset=jsonl"),
+    (["loss=logistc"], "loss=logistic"),
+    (["alpha"], "alpha=value"),
+    (["alpha=2"], "0 to 1"),
+    (["alpha=-0.1"], "0 to 1"),
+    (["alpha=nan"], "0 to 1"),
+    (["alpha=text"], "0 to 1"),
+    (["alpha=[]"], "empty list"),
+    (["alpha=0.5", "regularizer.alpha=0.4"], "give one of them"),
+    (["regularizer=none", "alpha=0.5"], "takes no alpha"),
+    (["regularizer=none", "regularizer.history=2"], "regularizer.history"),
+    (["regularizer=kl", "regularizer.pairs=union"], "no effect"),
+    (["regularizer=fictitious_play", "regularizer.history=0"], "from 1"),
+    (["regularizer=mixture_of_two", "regularizer.reference=mean"], "regularizer.reference"),
+    (["loss.length_norm=mean"], "normalised"),
+    (["regularizer=fictitious_play", "regularizer.reference=geometric", "loss.length_norm=mean"], "normalised"),
+    (["schedule.learning_rate=0"], "above 0"),
+    (["schedule.beta=[0.1,0]"], "above 0"),
+    (["schedule.epochs=1.5"], "whole number"),
+    (["schedule.iterations=0"], "from 1"),
+    (["schedule.iterations=two"], "schedule.iterations"),
+    (["schedule.optimizer=adam"], "schedule.optimizer"),
+    (["generation.temperature=0"], "above 0"),
+    (["generation.temperature=inf"], "above 0"),
+    (["generation.top_p=1.1"], "up to 1"),
+    (["hardware.precision=fp16"], "hardware.precision"),
+    (["dataset=jsonl"], "dataset.path"),
+    (["model=pretrained"], "model.name_or_path"),
+    (["dataset.smoothing=0"], "full support"),
+    (["dataset.num_prompts=null"], "num_prompts"),
+    (["model.num_heads=3"], "model.hidden_size"),
+    (["evaluation=ful"], "evaluation takes"),
+    (["tracker.name=wandbb"], "tracker.name"),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), BAD, ids=[" ".join(w) for w, _ in BAD])
+def test_a_bad_setting_exits_2_names_the_way_out_and_leaves_nothing(
+    words: list[str], named: str, command: Command, tmp_path: Path
+) -> None:
+    result = command("train", *words, f"outputs={tmp_path / 'o'}")
+    assert result.code == 2, result.err
+    assert named in result.err
+    assert [line.split(":")[0].strip() for line in result.err.splitlines()] == ["spin-reg", "where", "why", "to do"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("loss_ok", ["regularizer=none", "regularizer=fictitious_play", "alpha=0", "alpha=1"])
+def test_length_norm_goes_with_normalised_references(loss_ok: str) -> None:
+    assert composed(loss_ok, "loss.length_norm=mean").loss.length_norm == "mean"
+
+
+def test_in_a_sweep_an_alpha_that_one_arm_does_not_take_is_let_pass() -> None:
+    assert composed("regularizer=none", "alpha=0.5", sweep=True).alpha == 0.5
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "regularizer.alfa=1"], ["train", "--cfg", "job"], ["plan"]])
+def test_what_needs_no_model_imports_no_torch(words: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom spin_reg import cli\n"
+        f"sys.argv = ['spin-reg', *{words!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'wandb'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cfg_job_prints_the_composed_settings_and_nothing_is_made(command: Command, tmp_path: Path) -> None:
+    result = command("train", "--cfg", "job", "alpha=0.25", f"outputs={tmp_path / 'o'}")
+    assert result.code == 0 and "alpha: 0.25" in result.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_verbs_and_no_words(command: Command) -> None:
+    assert command().code == 0
+    result = command("trian")
+    assert result.code == 2 and "spin-reg train" in result.err
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("spin-reg tr", "train"),
+        ("spin-reg train regularizer=", "regularizer=kl"),
+        ("spin-reg train regularizer=kl schedule.be", "schedule.beta="),
+        ("spin-reg plan dataset=js", "dataset=jsonl"),
+    ],
+)
+def test_completion_offers_verbs_groups_and_keys(line: str, offered: str, tmp_path: Path) -> None:
+    """A shell asks through COMP_LINE; the verb must not stand in the way of the composed keys."""
+    script = "import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', '-sc', 'query=bash']\ncli.main()"
+    env = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert offered in done.stdout.split(), done.stderr
+
+
+def test_golden_experiments() -> None:
+    """The identity of every experiment stands in a file, so that an edit of a YAML shows what it changes."""
+    golden = json.loads((ROOT / "tests" / "golden_experiments.json").read_text())
+    names = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+    assert sorted(golden) == ["default", *names]
+    for name, expected in golden.items():
+        words = [] if name == "default" else [f"experiment={name}"]
+        assert config.identity_settings(composed(*words)) == expected, f"{name}: see CONTRIBUTING.md on golden files"

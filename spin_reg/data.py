@@ -159,7 +159,7 @@ def _messages(row: Row) -> Messages:
 
 
 def _text(row: Row, key: str) -> str:
-    value = row[key]
+    value = row.get(key)
     if not isinstance(value, str):
         raise Unusable(f"has a {key} that is {'null' if value is None else type(value).__name__}, not text")
     if not value.strip():
@@ -255,7 +255,7 @@ def _toy(dataset: Toy, tokenizer: PreTrainedTokenizerBase) -> tuple[Splits, dict
     plan = {
         Split.train: (toy.GAME_TOPICS, dataset.num_prompts),
         Split.heldout: (toy.GAME_TOPICS, dataset.num_heldout),
-        Split.retained_train: (toy.RETAINED_TOPICS, dataset.num_retained),
+        Split.retained_train: (toy.RETAINED_TOPICS, dataset.num_prompts),
         Split.retained_heldout: (toy.RETAINED_TOPICS, dataset.num_heldout),
     }
     splits: Splits = {}

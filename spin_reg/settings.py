@@ -130,15 +130,13 @@ class Dataset:
 
 @dataclass
 class Toy(Dataset):
-    """The embedded language with a known distribution; `num_prompts` pairs, and a retained skill beside them."""
+    """The embedded language with a known distribution; `num_prompts` pairs, and as many of a retained skill."""
 
-    num_retained: int = 256
     smoothing: float = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.num_prompts is not None, "dataset.num_prompts=null: the toy has no end; give a number")
-        _positive(dataset__num_retained=self.num_retained)
         ok = 0 < self.smoothing < 0.5
         check(ok, f"dataset.smoothing={self.smoothing}: give a probability above 0 (full support) and below 0.5")
 

@@ -20,7 +20,6 @@ SMALL = [
     "model.sft.learning_rate=1e-2",
     "dataset.num_prompts=24",
     "dataset.num_heldout=8",
-    "dataset.num_retained=8",
     "schedule.batch_size=8",
     "schedule.learning_rate=1e-2",
     "schedule.iterations=2",

@@ -193,7 +193,7 @@ def test_stopped_inside_training_and_resumed_is_the_uninterrupted_run(
 
     def dies(*args: object, **kwargs: object) -> fit.Metrics:
         calls[0] += 1
-        if calls[0] in (5, 11, 20):  # each one step past a checkpoint
+        if calls[0] in (6, 12, 21):  # each one step past a checkpoint
             raise Killed
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
@@ -210,7 +210,7 @@ def test_stopped_inside_training_and_resumed_is_the_uninterrupted_run(
         with pytest.raises(Killed):
             command(*words)
     assert command(*words).code == 0
-    assert calls[0] == 1 + 2 * 9 + 3 + 3  # the SFT step, two times nine, three that died, and one repeated for each
+    assert calls[0] == 2 + 2 * 9 + 3 + 3  # two SFT steps, two times nine, three that died, and one repeated for each
     cut = tmp_path / "cut" / "run"
     assert weights(cut, 2) == weights(straight, 2)
     assert (cut / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()

@@ -1,0 +1,97 @@
+"""The training loop: its schedule, its order of rows, its checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
+
+from spin_reg import checkpoint, fit
+from spin_reg.settings import LrScheduler
+
+
+@pytest.mark.parametrize("kind", list(LrScheduler))
+@pytest.mark.parametrize(("total", "warmup_ratio"), [(10, 0.0), (10, 0.1), (23, 0.25), (1, 0.1)])
+def test_learning_rates_are_those_of_transformers(kind: LrScheduler, total: int, warmup_ratio: float) -> None:
+    import math
+
+    name = "constant_with_warmup" if kind is LrScheduler.constant else kind.value
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = math.ceil(total * warmup_ratio)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        assert fit.lr_factor(kind, step, total, warmup_ratio) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+
+
+def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
+    names = [f"row {i}" for i in range(10)]
+    steps = fit.batches(names, seed=0, iteration=2, epochs=2, size=4)
+    assert [len(s) for s in steps] == [4, 4, 2] * 2
+    first, second = sum(steps[:3], []), sum(steps[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert fit.batches(names, seed=0, iteration=2, epochs=1, size=4) == steps[:3]
+    assert fit.batches(names, seed=1, iteration=2, epochs=1, size=4) != steps[:3]
+    assert fit.batches(names, seed=0, iteration=3, epochs=1, size=4) != steps[:3]
+
+
+def test_the_order_does_not_depend_on_where_a_row_stood() -> None:
+    names = [f"row {i}" for i in range(10)]
+    backwards = names[::-1]
+    one = [[names[i] for i in s] for s in fit.batches(names, seed=0, iteration=0, epochs=1, size=3)]
+    two = [[backwards[i] for i in s] for s in fit.batches(backwards, seed=0, iteration=0, epochs=1, size=3)]
+    assert one == two
+
+
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return LlamaForCausalLM(config)
+
+
+def steps(m: PreTrainedModel, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for i in range(count):
+        torch.manual_seed(i)
+        ids = torch.randint(0, 7, (2, 5))
+        m(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_a_checkpoint_restores_weights_and_optimizer_exactly(kind: type[torch.optim.Optimizer], tmp_path: Path) -> None:
+    straight = model()
+    optimizer = kind(straight.parameters(), lr=1e-2)  # type: ignore[call-arg]
+    steps(straight, optimizer, 3)
+    checkpoint.write(tmp_path, straight, optimizer, 3, [{"step": 3}])
+    restored = model()
+    other = kind(restored.parameters(), lr=1e-2)  # type: ignore[call-arg]
+    assert checkpoint.read(tmp_path, restored, other) == (3, [{"step": 3}])
+    steps(straight, optimizer, 2)
+    steps(restored, other, 2)
+    for a, b in zip(straight.parameters(), restored.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_never_used(file: str, tmp_path: Path) -> None:
+    m = model()
+    optimizer = torch.optim.AdamW(m.parameters())
+    steps(m, optimizer, 1)
+    checkpoint.write(tmp_path, m, optimizer, 1, [])
+    path = tmp_path / "checkpoint-000000001" / file
+    path.write_bytes(path.read_bytes()[:-3])
+    fresh = model()
+    assert checkpoint.read(tmp_path, fresh, torch.optim.AdamW(fresh.parameters())) == (0, [])
+    for a, b in zip(fresh.parameters(), model().parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
+    m = model()
+    optimizer = torch.optim.AdamW(m.parameters())
+    for i in (1, 2):
+        steps(m, optimizer, 1)
+        checkpoint.write(tmp_path, m, optimizer, i, [])
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000002"]

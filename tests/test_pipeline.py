@@ -1,0 +1,293 @@
+"""The runner with stub stages, without torch: killed at every point, refused, adopted, extended, owned."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+
+from spin_reg import config, durable, overrides, rundir, runner
+from spin_reg.context import Context
+from spin_reg.errors import ConfigError, DamagedError, NoSpace, RunBusy
+from spin_reg.plan import Sources, Stage, plan
+from spin_reg.runner import Status
+
+SOURCES = Sources(model=None, tokenizer="t", data=None)
+
+
+def stages(*words: str, sources: Sources = SOURCES) -> list[Stage]:
+    config.register()
+    overrides.register_help(ROOT / "conf")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return plan(config.load(compose("config", ["schedule.iterations=2", *words])), sources)
+
+
+class Silent:
+    def stage(self, index: int, total: int, stage: Stage, state: runner.State) -> None:
+        pass
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        pass
+
+    def finished(self, stage: Stage, seconds: float) -> None:
+        pass
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, Any]] = []
+
+    def log(self, index: int, row: dict[str, Any]) -> None:
+        self.rows.append((index, row))
+
+
+def stub(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) -> None:
+    """What a stage leaves is a function of its inputs and itself; two files, one of them metrics."""
+    read = {role: (folder / "result").read_text() for role, folder in sorted(inputs.items())}
+    durable.write_bytes(work / "result", f"{stage.fingerprint} {len(str(read))}".encode())
+    row = {"stage": stage.name}
+    context.log(row)
+    durable.write_jsonl(work / "metrics.jsonl", [row])
+
+
+def run(plan_: list[Stage], outputs: Path, name: str = "run", *, stage: Callable[..., None] = stub) -> Sink:
+    root, sink = outputs / name, Sink()
+    root.mkdir(parents=True, exist_ok=True)
+    runner.run_all(plan_, root=root, outputs=outputs, listener=Silent(), sink=sink, clock=lambda: 0.0, run=stage)
+    return sink
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for signal 9: nothing may catch it."""
+
+
+def test_killed_at_every_durable_write_the_same_call_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stages("regularizer=fictitious_play", "evaluation=none")
+    run(made, tmp_path / "straight")
+    straight = tree(tmp_path / "straight" / "run")
+    calls, die_at = [0], [0]
+
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            calls[0] += 1
+            if calls[0] == die_at[0]:
+                raise Killed
+            real(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("write_bytes", "rename_folder"):
+            patch.setattr(durable, name, counted(getattr(durable, name)))
+        run(made, tmp_path / "count")
+        total = calls[0]
+        assert total > 4 * len(made)
+        for k in range(1, total + 1):
+            calls[0], die_at[0] = 0, k
+            place = tmp_path / f"cut-{k}"
+            with pytest.raises(Killed):
+                run(made, place)
+            die_at[0] = 0
+            run(made, place)
+            assert tree(place / "run") == straight, f"killed at write {k}"
+            shutil.rmtree(place)
+
+
+def test_a_finished_run_runs_nothing(tmp_path: Path) -> None:
+    made = stages()
+    run(made, tmp_path)
+
+    def never(*args: Any) -> None:
+        raise AssertionError("a finished stage was run again")
+
+    run(made, tmp_path, stage=never)
+
+
+def test_more_iterations_run_only_what_is_new(tmp_path: Path) -> None:
+    run(stages(), tmp_path)
+    seen: list[str] = []
+
+    def noting(stage: Stage, *args: Any) -> None:
+        seen.append(stage.name)
+        stub(stage, *args)
+
+    run(stages("schedule.iterations=3"), tmp_path, stage=noting)
+    new = {"iteration-02/train", "iteration-02/pairs", "iterate-03/evaluate"}
+    assert new <= set(seen)
+    assert not any(name.startswith(("iterate-00/sft", "iteration-00", "iteration-01")) for name in seen)
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    run(stages("regularizer=none"), tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        run(stages("regularizer=none", "schedule.learning_rate=2e-4"), tmp_path)
+    assert refused.value.what.startswith("iteration-00/train was made with other settings")
+    assert "learning_rate: 0.0001 -> 0.0002" in refused.value.why
+
+
+def test_changed_data_are_refused_by_name(tmp_path: Path) -> None:
+    run(stages(), tmp_path)
+    with pytest.raises(ConfigError, match="data was made with other settings"):
+        run(stages(sources=Sources(model=None, tokenizer="t", data="changed")), tmp_path)
+
+
+def test_runtime_settings_change_no_fingerprint() -> None:
+    names = {s.name: s.fingerprint for s in stages()}
+    words = ["hardware.micro_batch_size=1", "hardware.threads=1", "schedule.save_every=1", "generation.batch_size=2"]
+    assert {s.name: s.fingerprint for s in stages(*words, "tracker=none", "outputs=x", "run_name=y")} == names
+
+
+def test_fingerprints_follow_the_meaning_not_the_setting() -> None:
+    """alpha = 0 is SPIN in every stage; at iteration 0 all regularizers coincide; then they part."""
+
+    def prints(*words: str) -> dict[str, str]:
+        return {s.name: s.fingerprint for s in stages(*words)}
+
+    spin = prints("regularizer=none")
+    for same in (["alpha=0"], ["regularizer=fictitious_play", "regularizer.history=1"]):
+        assert prints(*same) == spin
+    for other in (["alpha=0.5"], ["regularizer=fictitious_play"], ["regularizer=mixture_of_two"], ["regularizer=base"]):
+        found = prints(*other)
+        first = [n for n in spin if n.startswith(("data", "iterate-00/sft", "iteration-00", "iterate-01/evaluate"))]
+        assert len(first) >= 4 and all(found[n] == spin[n] for n in first)
+        assert found["iteration-01/train"] != spin["iteration-01/train"]
+
+
+def test_answers_are_never_made_twice_and_scored_once_per_iterate() -> None:
+    for words in (["regularizer.pairs=fresh"], ["regularizer.pairs=union"], ["regularizer.pairs=reuse"]):
+        made = stages("regularizer=fictitious_play", "schedule.iterations=4", *words)
+        assert len({s.fingerprint for s in made}) == len(made) == len({s.folder for s in made})
+        answers = [s for s in made if s.kind == "generate" and "train" in s.name]
+        assert len(answers) == (1 + 2 + 3 + 4 if "fresh" in words[0] else 4)
+        real = [s for s in made if s.name.endswith("train-real")]
+        assert len(real) == 4
+
+
+def test_base_asks_for_answers_once() -> None:
+    made = stages("regularizer=base", "schedule.iterations=4")
+    assert [s.name for s in made if s.kind == "generate" and "train" in s.name] == ["iterate-00/answers/train-00"]
+
+
+def test_each_stage_comes_after_what_it_needs() -> None:
+    for regularizer in ("none", "kl", "fictitious_play", "mixture_of_two", "base"):
+        seen: set[str] = set()
+        for stage in stages(f"regularizer={regularizer}", "schedule.iterations=5"):
+            assert {need.name for need in stage.needs.values()} <= seen
+            seen.add(stage.name)
+
+
+def test_a_stage_of_another_run_is_linked_and_outlives_it(tmp_path: Path) -> None:
+    run(stages("regularizer=none"), tmp_path, "a")
+    seen: list[str] = []
+
+    def noting(stage: Stage, *args: Any) -> None:
+        seen.append(stage.name)
+        stub(stage, *args)
+
+    run(stages("alpha=0.5"), tmp_path, "b", stage=noting)
+    assert "iteration-00/train" not in seen and "iteration-01/train" in seen
+    linked = tmp_path / "b/iterate-01/model/result"
+    assert linked.samefile(tmp_path / "a/iterate-01/model/result")
+    before = tree(tmp_path / "b")
+    shutil.rmtree(tmp_path / "a")
+    assert tree(tmp_path / "b") == before
+    run(stages("alpha=0.5"), tmp_path, "b")
+
+
+def test_a_damaged_stage_elsewhere_is_not_adopted(tmp_path: Path) -> None:
+    run(stages("regularizer=none"), tmp_path, "a")
+    path = tmp_path / "a/iterate-00/model/result"
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[::-1])
+    run(stages("alpha=0.5"), tmp_path, "b")
+    assert (tmp_path / "b/iterate-00/model/result").read_bytes() != path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
+def test_damage_is_named_before_use(damage: str, tmp_path: Path) -> None:
+    made = stages()
+    run(made, tmp_path)
+    folder = tmp_path / "run/iteration-00"
+    path = folder / ("stage.json" if damage == "manifest" else "result")
+    path.chmod(0o644)
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(DamagedError) as found:
+        run(made, tmp_path)
+    assert str(path) in found.value.where
+
+
+def test_a_full_disk_exits_6_and_the_run_goes_on_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    made = stages()
+    run(made, tmp_path / "straight")
+    calls = [0]
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        calls[0] += 1
+        if calls[0] == 50:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NoSpace) as raised:
+        run(made, tmp_path / "full")
+    assert raised.value.exit_code == 6
+    run(made, tmp_path / "full")
+    assert tree(tmp_path / "full/run") == tree(tmp_path / "straight/run")
+
+
+def test_metrics_are_the_stages_in_plan_order_and_are_mirrored_by_line(tmp_path: Path) -> None:
+    made = stages()
+    sink = run(made, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in lines] == [stage.name for stage in made]
+    assert {index: row for index, row in sink.rows} == dict(enumerate(lines))
+    again = run(made, tmp_path)
+    assert [row for _, row in again.rows] == lines
+
+
+def test_states_say_why(tmp_path: Path) -> None:
+    made = stages()
+    states = [runner.state_of(tmp_path / "run", tmp_path, stage) for stage in made]
+    assert {state.status for state in states} == {Status.todo}
+    run(made, tmp_path)
+    other = [runner.state_of(tmp_path / "b", tmp_path, stage) for stage in made]
+    assert {state.status for state in other} == {Status.reuse} and "run/data" in other[0].reason
+
+
+def test_two_owners_in_two_processes(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    hold = (
+        "import sys, pathlib\nfrom spin_reg import rundir\n"
+        "with rundir.owned(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+        with pytest.raises(RunBusy) as busy, rundir.owned(tmp_path):
+            pass
+        assert str(owner.pid) in busy.value.why
+        owner.kill()
+    with rundir.owned(tmp_path):  # the lock of a dead process is free
+        pass

@@ -1,0 +1,137 @@
+"""Draws: their law is the policy's, and depends on nothing but the example."""
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from spin_reg import sampling
+from spin_reg.logprobs import collate, token_logprobs
+
+END = 5
+
+
+def llama(vocab: int = 12) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.6,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def gpt2(vocab: int = 12) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+    return GPT2LMHeadModel(config).eval()
+
+
+PROMPTS = [[1, 2], [3], [4, 6, 7, 8], [9, 1], [2, 2, 2, 2, 2], [7], [8, 9, 10]]
+
+
+def points(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.stack([sampling.uniforms(seed, 0, f"row {i}", "train", length) for i in range(rows)])
+
+
+def draw(model: PreTrainedModel, prompts: list[list[int]], u: torch.Tensor) -> list[sampling.Answer]:
+    return sampling.sample(model, prompts, u, ends=[END], temperature=1.0, top_p=1.0)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_answers_are_those_of_one_row_at_a_time_without_a_cache(build) -> None:  # type: ignore[no-untyped-def]
+    """The cached, padded, shrinking batch draws what a plain loop over full forwards draws from the same numbers."""
+    model, u = build(), points(len(PROMPTS), 20)
+    batch = draw(model, PROMPTS, u)
+    assert {a.finish_reason for a in batch} == {"stop", "length"} or any(a.finish_reason == "stop" for a in batch)
+    for prompt, row, answer in zip(PROMPTS, u, batch, strict=True):
+        ids: list[int] = []
+        for point in row:
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, -1]
+            cumulative = torch.softmax(logits.double(), dim=-1).cumsum(0)
+            ids.append(int((cumulative <= point * cumulative[-1]).sum()))
+            if ids[-1] == END:
+                break
+        assert answer.ids == ids
+
+
+def test_batch_size_and_order_change_no_answer() -> None:
+    model, u = llama(), points(len(PROMPTS), 20)
+    together = draw(model, PROMPTS, u)
+    alone = [draw(model, [p], u[i : i + 1])[0] for i, p in enumerate(PROMPTS)]
+    backwards = draw(model, PROMPTS[::-1], u.flip(0))[::-1]
+    assert together == alone == backwards
+
+
+def test_an_end_token_stands_last_or_nowhere() -> None:
+    answers = draw(llama(), PROMPTS * 10, points(len(PROMPTS) * 10, 6))
+    assert {a.finish_reason for a in answers} == {"stop", "length"}
+    for a in answers:
+        assert (a.ids[-1] == END) == (a.finish_reason == "stop")
+        assert a.ids.count(END) == (a.finish_reason == "stop")
+        assert len(a.ids) == 6 or a.finish_reason == "stop"
+
+
+def test_a_cut_off_answer_gets_no_end() -> None:
+    answers = sampling.sample(llama(), PROMPTS, points(len(PROMPTS), 4), ends=[999], temperature=1.0, top_p=1.0)
+    assert all(a.finish_reason == "length" and len(a.ids) == 4 for a in answers)
+
+
+def test_pick_follows_the_distribution() -> None:
+    logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
+    n = 40_000
+    grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    drawn = sampling.pick(logits.expand(n, -1), grid, temperature=1.0, top_p=1.0)
+    share = torch.bincount(drawn, minlength=9).double() / n
+    assert torch.allclose(share, torch.softmax(logits[0].double(), 0), atol=1e-4)
+
+
+def test_pick_at_a_temperature_and_a_nucleus() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+
+    def share(**kwargs: float) -> list[float]:
+        drawn = sampling.pick(p.log().expand(1000, -1), grid, **kwargs)
+        return (torch.bincount(drawn, minlength=4) / 1000).tolist()
+
+    assert share(temperature=1.0, top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=2e-3)
+    assert share(temperature=1.0, top_p=0.81) == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=2e-3)
+    squared = [v * v for v in p[0].tolist()]
+    assert share(temperature=0.5, top_p=1.0) == pytest.approx([v / sum(squared) for v in squared], abs=2e-3)
+
+
+def test_pick_never_leaves_the_vocabulary() -> None:
+    top = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert int(sampling.pick(torch.zeros(1, 7), top, temperature=1.0, top_p=1.0)) == 6
+    assert int(sampling.pick(torch.zeros(1, 7), torch.zeros(1, dtype=torch.float64), temperature=1.0, top_p=1.0)) == 0
+    certain = torch.full((1, 7), -1e9)
+    certain[0, 3] = 0
+    assert int(sampling.pick(certain, top, temperature=1.0, top_p=1.0)) == 3
+
+
+def test_the_law_of_whole_answers_is_the_policy() -> None:
+    """Mean of the sampled log-prob equals minus the entropy, computed by enumeration over two tokens."""
+    model = llama(6)
+    n = 4000
+    answers = sampling.sample(model, [[1, 2]] * n, points(n, 2), ends=[END], temperature=1.0, top_p=1.0)
+    every = [[END], *([a, b] for a in range(6) if a != END for b in range(6))]
+    with torch.no_grad():
+        table = token_logprobs(model, collate([[1, 2]] * len(every), every)).double().sum(1)
+    counts = torch.tensor([sum(a.ids == ids for a in answers) for ids in every], dtype=torch.double)
+    expected = n * table.exp()
+    assert math.isclose(float(expected.sum()), n, rel_tol=1e-6)
+    chi2 = float(((counts - expected) ** 2 / expected).sum())
+    assert chi2 < len(every) + 5 * math.sqrt(2 * len(every))
+
+
+def test_draws_are_keyed_by_every_part() -> None:
+    base = sampling.uniforms(0, 1, "a", "train", 5)
+    assert torch.equal(base, sampling.uniforms(0, 1, "a", "train", 9)[:5])
+    for other in ((1, 1, "a", "train"), (0, 2, "a", "train"), (0, 1, "b", "train"), (0, 1, "a", "heldout")):
+        assert not torch.equal(base, sampling.uniforms(*other, 5))

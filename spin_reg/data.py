@@ -97,7 +97,7 @@ def _hub_rows(dataset: Hub) -> Iterator[tuple[int, Any]]:
     import datasets
 
     try:
-        table = datasets.load_dataset(dataset.path, revision=dataset.revision, split=dataset.split)
+        table = datasets.load_dataset(dataset.path, dataset.subset, revision=dataset.revision, split=dataset.split)
     except Exception as error:  # the Hub's clients raise a dozen kinds; each means the data are not to be had
         raise DataError(
             "The data set could not be loaded.",

@@ -170,7 +170,9 @@ def _stamp(source: Model | Dataset) -> Any:
     if isinstance(source, Jsonl):
         path = Path(source.path).expanduser()
         return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-    return [source.path, source.revision, source.split] if isinstance(source, Hub) else []
+    if isinstance(source, Hub):
+        return None if Path(source.path).is_dir() else [source.path, source.revision]
+    return []
 
 
 def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:

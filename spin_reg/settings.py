@@ -150,9 +150,10 @@ class Jsonl(Dataset):
 
 @dataclass
 class Hub(Dataset):
-    """A data set of the Hugging Face Hub, at a revision."""
+    """A data set of the Hugging Face Hub at a revision, or a folder laid out like one."""
 
     path: str = MISSING
+    subset: str | None = None
     revision: str | None = None
     split: str = "train"
 

@@ -82,6 +82,8 @@ def data_sha256(dataset: Dataset) -> str | None:
 
 
 def _hub_commit(dataset: Hub) -> str:
+    if Path(dataset.path).is_dir():
+        return files_sha256(Path(dataset.path), ("**/*",))
     from huggingface_hub import HfApi
 
     try:

@@ -205,6 +205,14 @@ def test_a_hub_data_set_is_read_from_a_folder_too(tmp_path: Path) -> None:
     assert len(examples[1].messages) == 5
 
 
+def test_a_folder_like_a_hub_data_set_trains(train: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", [{"prompt": f"{i}?", "response": f"{i}!"} for i in range(40)])
+    root = train("dataset=hub", f"dataset.path={folder}")
+    assert len(pq.read_table(root / "iteration-01/pairs.parquet")) == 24
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6))
 def test_rendering_keeps_text_and_ends_once(texts: list[str]) -> None:

@@ -1,0 +1,65 @@
+"""A real chat model on real data, where both lie beside the checkout (marked `real`)."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command, read_jsonl
+
+from spin_reg.specs import Split
+
+SHARED = ROOT.parent / "shared"
+DATA, TOOL = SHARED / "data" / "gsm8k" / "train.jsonl", SHARED / "tools" / "smollm2.py"
+MISSING = not (DATA.exists() and TOOL.exists())
+pytestmark = [pytest.mark.real, pytest.mark.skipif(MISSING, reason="no real model and data beside this checkout")]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder."""
+    made = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return Path(made.stdout.splitlines()[-1])
+
+
+def test_two_iterations_and_the_other_road(
+    model: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        *("tracker=none", "model=pretrained", f"model.name_or_path={model}", "dataset=jsonl", f"dataset.path={DATA}"),
+        *("dataset.num_prompts=4", "dataset.num_heldout=2", "dataset.max_response_tokens=128", "dataset.max_dropped=1"),
+        *("generation.max_new_tokens=48", "schedule.iterations=2", "schedule.epochs=1", "schedule.batch_size=2"),
+        *("schedule.learning_rate=1e-5", "alpha=0.5", f"outputs={tmp_path}", "run_name=run"),
+    ]
+    result = command("train", *words)
+    assert result.code == 0, result.err
+    root = tmp_path / "run"
+    assert not (root / "iterate-00/model").exists() and (root / "iterate-00/base.json").exists()
+    first = [r for r in read_jsonl(root / "metrics.jsonl") if r.get("step") == 1 and "train/loss" in r]
+    assert first[0]["train/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert (root / "data" / f"{Split.heldout}.parquet").exists()
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(root), "--rows", "4"])
+    runpy.run_path(str(ROOT / "scripts" / "verify.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("reference off") == 2
+
+
+def test_real_answers_end_once_and_prompts_are_the_templates(model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from spin_reg import data, models
+    from spin_reg.settings import Jsonl, Pretrained
+
+    settings = Pretrained(name_or_path=str(model))
+    tokenizer = models.load_tokenizer(settings)
+    ends = models.end_ids(models.generation_config(settings), tokenizer)
+    splits, _ = data.prepare(Jsonl(path=str(DATA), num_prompts=40, num_heldout=8), tokenizer, ends)
+    plain = AutoTokenizer.from_pretrained(model)
+    for row in splits[Split.train]:
+        assert sum(token in ends for token in row["real_ids"]) == 1 and row["real_ids"][-1] in ends
+        text = plain.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], tokenize=False, add_generation_prompt=True
+        )
+        assert plain.decode(row["prompt_ids"]) == text
+        assert plain.decode(row["real_ids"][:-1]) == row["real"]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from spin_reg import checkpoint
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError
-from spin_reg.fingerprint import order, seed_of
+from spin_reg.fingerprint import order
 from spin_reg.settings import LrScheduler, Optimizer
 
 Metrics = dict[str, float]
@@ -33,7 +33,6 @@ class FitSpec:
     micro_batch_size: int
     gradient_checkpointing: bool
     save_every: int
-    seed: int
     iteration: int
 
 
@@ -63,6 +62,14 @@ def _optimizer(model: PreTrainedModel, spec: FitSpec) -> torch.optim.Optimizer:
     if spec.optimizer is Optimizer.rmsprop:
         return torch.optim.RMSprop(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
     return torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+
+
+def _checkpointing(model: PreTrainedModel, what: str) -> Callable[..., None]:
+    """Transformers' switch, which newer releases call activation checkpointing."""
+    method: Callable[..., None] = getattr(model, f"activation_checkpointing_{what}", None) or getattr(
+        model, f"gradient_checkpointing_{what}"
+    )
+    return method
 
 
 def fit(
@@ -96,17 +103,18 @@ def fit(
     optimizer = _optimizer(model, spec)
     model, optimizer = accelerator.prepare(model, optimizer)
     inner = accelerator.unwrap_model(model)
+    inner.eval()  # no dropout: the loss compares the policy with log-probs that were scored without it
     if spec.gradient_checkpointing:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpointing(inner, "enable")({"use_reentrant": False})
+        for module in inner.modules():  # a layer checkpoints only while it believes it trains
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
     done, metrics = checkpoint.read(out, inner, optimizer.optimizer)
     for row in metrics:
         context.log(row)
-    model.train()
     for step in range(done, len(steps)):
         rate = spec.learning_rate * lr_factor(spec.lr_scheduler, step, len(steps), spec.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        torch.manual_seed(seed_of(spec.seed, "step", spec.iteration, step) % 2**63)  # dropout, where a model has it
         where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
         sums = _gradients(model, steps[step], loss, weight, name, spec, accelerator, where)
         norm = float(accelerator.clip_grad_norm_(model.parameters(), spec.max_grad_norm))
@@ -121,8 +129,8 @@ def fit(
         if (step + 1) % spec.save_every == 0 and step + 1 < len(steps):
             checkpoint.write(out, inner, optimizer.optimizer, step + 1, metrics)
     if spec.gradient_checkpointing:
-        inner.gradient_checkpointing_disable()
-    model.eval()
+        _checkpointing(inner, "disable")()
+        inner.eval()
     return metrics
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
-from spin_reg import checkpoint, fit
-from spin_reg.settings import LrScheduler
+from spin_reg import checkpoint, fit, models
+from spin_reg.context import Context
+from spin_reg.settings import Hardware, LrScheduler, Optimizer
 
 
 @pytest.mark.parametrize("kind", list(LrScheduler))
@@ -95,3 +96,33 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
         steps(m, optimizer, 1)
         checkpoint.write(tmp_path, m, optimizer, i, [])
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000002"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_computes_a_layer_twice(checkpointing: bool, tmp_path: Path) -> None:
+    m = model()
+    calls = [0]
+
+    def count(*args: object) -> None:
+        calls[0] += 1
+
+    m.model.layers[0].mlp.register_forward_pre_hook(count)
+    spec = fit.FitSpec(
+        learning_rate=1e-3, optimizer=Optimizer.adamw, lr_scheduler=LrScheduler.constant, warmup_ratio=0.0,
+        weight_decay=0.0, max_grad_norm=1.0, micro_batch_size=2, gradient_checkpointing=checkpointing, save_every=99,
+        iteration=0,
+    )  # fmt: skip
+    ids = torch.randint(0, 7, (2, 5))
+    fit.fit(
+        m,
+        [[0, 1]] * 3,
+        lambda policy, rows: (policy(input_ids=ids, labels=ids).loss, {}),
+        weight=lambda rows: 1.0,
+        name=str,
+        spec=spec,
+        prefix="x",
+        accelerator=models.accelerator(Hardware()),
+        out=tmp_path,
+        context=Context(),
+    )
+    assert calls[0] == (6 if checkpointing else 3)

@@ -48,7 +48,6 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             micro_batch_size=2 * spec.hardware.micro_batch_size,  # as many sequences as that many pairs,
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
-            seed=spec.seed,
             iteration=-1,
         ),
         prefix="sft",

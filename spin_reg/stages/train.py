@@ -43,7 +43,6 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
             micro_batch_size=spec.hardware.micro_batch_size,
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
-            seed=spec.seed,
             iteration=spec.t,
         ),
         prefix="train",

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
                                     command again goes on where it stopped
   spin-reg plan [key=value ...]     the same plan, printed: what is done, what is to do, and why; runs nothing
   spin-reg resume RUN [key=value]   go on with the run in this folder
+  spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
   spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
 
   spin-reg train --help             every group and every setting
@@ -106,8 +108,19 @@ def _plan(program: str, words: list[str]) -> int:
 
 
 def _resume(program: str, words: list[str]) -> int:
-    if not words or words[0].startswith("-"):
-        raise ConfigError("Which run?", where="spin-reg resume", why="no folder was given", todo="spin-reg resume RUN")
+    return _train(program, _of_run("resume", words))
+
+
+def _evaluate(program: str, words: list[str]) -> int:
+    return _compose(program, _of_run("evaluate", words), partial(_run, only_evaluate=True))
+
+
+def _of_run(verb: str, words: list[str]) -> list[str]:
+    """The words a run began with, then the ones given now, then the place of its folder."""
+    if not words or words[0].startswith("-") or "=" in words[0]:
+        raise ConfigError(
+            "Which run?", where=f"spin-reg {verb}", why="no folder was given", todo=f"spin-reg {verb} RUN"
+        )
     root = Path(words[0]).expanduser().resolve()
     path = root / "run.json"
     if not path.is_file():
@@ -116,7 +129,7 @@ def _resume(program: str, words: list[str]) -> int:
         )
     saved = json.loads(path.read_text(encoding="utf-8"))["overrides"]
     place = [f"outputs={_quoted(str(root.parent))}", f"run_name={_quoted(root.name)}"]
-    return _train(program, _last_wins([*saved, *words[1:], *place]))
+    return _last_wins([*saved, *words[1:], *place])
 
 
 def _quoted(text: str) -> str:
@@ -140,6 +153,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "train": _train,
     "plan": _plan,
     "resume": _resume,
+    "evaluate": _evaluate,
     "status": _status,
 }
 
@@ -184,17 +198,17 @@ def _ours(error: Exception, *, traceback_wanted: bool) -> SpinRegError:
     return error if isinstance(error, SpinRegError) else overrides.explain(error)
 
 
-def _planned(cfg: Any) -> Any:
+def _planned(cfg: Any, *, only_evaluate: bool = False) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from spin_reg import config, launch
 
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    return launch.prepare(config.load(cfg, sweep=sweep))
+    return launch.prepare(config.load(cfg, sweep=sweep), only_evaluate=only_evaluate)
 
 
-def _run(cfg: Any) -> None:
+def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
     import signal
 
     from hydra.core.hydra_config import HydraConfig
@@ -202,7 +216,7 @@ def _run(cfg: Any) -> None:
     from spin_reg import launch
     from spin_reg.console import Screen, iterates_table
 
-    planned = _planned(cfg)
+    planned = _planned(cfg, only_evaluate=only_evaluate)
     screen = Screen()
     if planned.finished:
         screen.console.print(f"{planned.root} is finished: nothing to do.", markup=False, soft_wrap=True)

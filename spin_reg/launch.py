@@ -18,7 +18,7 @@ from spin_reg import __version__, config, durable, rundir, runner, sources, trac
 from spin_reg.config import Config
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import plain
-from spin_reg.plan import Sources, Stage, plan
+from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.runner import Listener, State, Status
 from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
 
@@ -47,8 +47,11 @@ class Planned:
         return all(state.status is Status.done for state in self.states)
 
 
-def prepare(settings: Config) -> Planned:
+def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     """Plan a run and look at what is there; writes nothing.
+
+    Args:
+        only_evaluate: plan no more than the evaluation of the iterates that are there.
 
     Raises:
         ConfigError: the folder was made with other settings; the model is not to be had. DataError: nor the data.
@@ -61,6 +64,11 @@ def prepare(settings: Config) -> Planned:
     found = _sources(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
+    if only_evaluate:
+        there = {stage.name for stage, state in zip(stages, states, strict=True) if state.status is Status.done}
+        kept = evaluations(stages, there)
+        states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
+        stages = [stage for stage in stages if stage.name in kept]
     return Planned(settings, root, outputs, found, stages, states)
 
 

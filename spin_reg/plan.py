@@ -73,6 +73,22 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
     return list(builder.stages.values())
 
 
+def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
+    """The names of the stages that evaluate the iterates among `there`, and of all that those need."""
+    kept: set[str] = set()
+
+    def keep(stage: Stage) -> None:
+        if stage.name not in kept:
+            kept.add(stage.name)
+            for need in stage.needs.values():
+                keep(need)
+
+    for stage in stages:
+        if stage.kind == EvaluateSpec.kind and stage.needs["model"].name in there:
+            keep(stage)
+    return kept
+
+
 class _Builder:
     """Makes each stage when it is first needed; `stages` keeps that order."""
 

@@ -139,7 +139,11 @@ class AccelerateMirror:
 
         kind = LOGGER_TYPE_TO_CLASS[name]
         self._tracker = kind("spin-reg", logging_dir=root) if kind.requires_logging_directory else kind("spin-reg")
-        self._tracker.store_init_configuration({k: v if v is not None else "null" for k, v in settings.items()})
+        if hasattr(self._tracker, "start"):  # newer releases of Accelerate begin only when told
+            self._tracker.start()
+        self._tracker.store_init_configuration(
+            {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
+        )
 
     def log(self, index: int, row: dict[str, Any]) -> None:
         self._tracker.log(row, step=index)

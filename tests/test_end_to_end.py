@@ -337,3 +337,56 @@ def test_an_interrupt_exits_75_and_says_how_to_go_on(
     monkeypatch.setattr(launch.runner, "run_stage", interrupted)
     result = command("train", *SMALL, f"outputs={tmp_path / 'o'}")
     assert result.code == 75 and "same command again" in result.err
+
+
+def test_evaluation_is_added_to_a_finished_run(train: Train, command: Command, tmp_path: Path) -> None:
+    straight = train("regularizer=mixture_of_two", outputs=tmp_path / "a")
+    root = train("regularizer=mixture_of_two", "evaluation=none", outputs=tmp_path / "b")
+    assert not list(root.glob("iterate-*/evaluate"))
+    before = weights(root, 2)
+    result = command("evaluate", str(root), "evaluation=default")
+    assert result.code == 0, result.err
+    assert weights(root, 2) == before
+    assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_for_real_at_any_time_the_same_command_ends_at_the_same_bytes(train: Train, tmp_path: Path) -> None:
+    """Signal 9 after ever longer waits, until a call gets through."""
+    straight = train("schedule.save_every=1", "regularizer=fictitious_play", name="run", outputs=tmp_path / "a")
+    words = [
+        *SMALL,
+        "schedule.save_every=1",
+        "regularizer=fictitious_play",
+        f"outputs={tmp_path / 'b'}",
+        "run_name=run",
+    ]
+    call = [sys.executable, "-m", "spin_reg", "train", *words]
+    killed, wait = 0, 5.0
+    while True:
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=wait) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed, wait = killed + 1, wait + 0.4
+    assert killed >= 2
+    root = tmp_path / "b" / "run"
+    for k in (0, 1, 2):
+        assert weights(root, k) == weights(straight, k)
+    assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regularizer", ["none", "kl", "fictitious_play", "mixture_of_two"])
+def test_on_the_defaults_every_iterate_is_at_least_as_near_the_data_as_the_base(
+    regularizer: str, command: Command, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outputs = tmp_path_factory.getbasetemp() / "defaults"  # shared, so that the base is fitted once
+    words = [f"regularizer={regularizer}", "tracker=none", f"outputs={outputs}", f"run_name={regularizer}"]
+    assert command("train", *words).code == 0
+    files = sorted((outputs / regularizer).glob("iterate-*/evaluate/metrics.json"))
+    kl = [json.loads(path.read_text())["eval/kl_data"] for path in files]
+    assert len(kl) == 4 and all(value <= kl[0] for value in kl[1:]), kl

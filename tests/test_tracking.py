@@ -117,3 +117,13 @@ def test_no_secret_reaches_the_run_folder(command: Command, tmp_path: Path, monk
         monkeypatch.setenv(name, "canary-5f2c")
     assert command("train", *SMALL, f"outputs={tmp_path}", "run_name=run").code == 0
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"canary-5f2c" in p.read_bytes()]
+
+
+def test_tensorboard_through_accelerate(train: Callable[..., Path]) -> None:
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="an extra")
+    root = train("tracker=tensorboard")
+    (events,) = (root / "spin-reg").glob("events.out.tfevents.*")
+    read = loading.EventAccumulator(str(events))
+    read.Reload()
+    rows = [row for row in read_jsonl(root / "metrics.jsonl") if "train/loss" in row]
+    assert [e.value for e in read.Scalars("train/loss")] == pytest.approx([row["train/loss"] for row in rows])

@@ -182,6 +182,8 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
+    except BrokenPipeError:
+        raise
     except Exception as error:
         raise _ours(error, traceback_wanted=bool(shown)) from error
     finally:

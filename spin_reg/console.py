@@ -13,7 +13,7 @@ from spin_reg.plan import Stage
 from spin_reg.runner import State, Status
 
 COLUMNS = ("heldout_nll", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous", "length_mean")
-PIPED_WIDTH = 120
+PIPED_WIDTH = 140
 EVERY = 10.0  # seconds between plain progress lines
 
 
@@ -82,6 +82,6 @@ def iterates_table(root: Path, iterations: int) -> Table | None:
     for name in names:
         table.add_column(name.replace("_", "\n", 1), justify="right")
     for k, values in found.items():
-        cells = [f"{values[f'eval/{name}']:.3g}" if f"eval/{name}" in values else "" for name in names]
+        cells = [f"{values[f'eval/{name}']:.3f}" if f"eval/{name}" in values else "" for name in names]
         table.add_row(f"{k}{' (base)' if k == 0 else ''}", *cells)
     return table

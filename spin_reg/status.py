@@ -1,11 +1,13 @@
 """`spin-reg status`: the runs of a folder and how far each is; reads files alone."""
 
 import json
+import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from spin_reg.console import PIPED_WIDTH
 from spin_reg.errors import ConfigError
 
 
@@ -18,9 +20,9 @@ def show(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError("No such folder.", where=str(folder), why="it does not exist", todo="spin-reg status DIR")
     roots = [folder] if (folder / "run.json").exists() else sorted(p.parent for p in folder.glob("*/run.json"))
-    table = Table("run", "began", "iterates", "stage at work", "heldout_nll by iterate")
+    table = Table(Column("run", no_wrap=True), "began", "iterates", "stage at work", "heldout_nll by iterate")
     for root in roots:
-        began = json.loads((root / "run.json").read_text(encoding="utf-8"))["created"]
+        began = json.loads((root / "run.json").read_text(encoding="utf-8"))["created"][:16]
         iterates = sum(any(p.glob("model/stage.json")) or (p / "base.json").exists() for p in root.glob("iterate-??"))
         working = [str(p.relative_to(root)).removesuffix(".tmp") for p in root.rglob("*.tmp") if p.is_dir()]
         metrics = [
@@ -28,4 +30,5 @@ def show(folder: Path) -> None:
         ]
         losses = " ".join(f"{m['eval/heldout_nll']:.3f}" for m in metrics)
         table.add_row(root.name, began, str(iterates), ", ".join(working[:1]), losses)
-    Console(highlight=False).print(table if roots else f"no runs in {folder}")
+    width = None if sys.stdout.isatty() else PIPED_WIDTH
+    Console(highlight=False, width=width).print(table if roots else f"no runs in {folder}")

@@ -390,3 +390,11 @@ def test_on_the_defaults_every_iterate_is_at_least_as_near_the_data_as_the_base(
     files = sorted((outputs / regularizer).glob("iterate-*/evaluate/metrics.json"))
     kl = [json.loads(path.read_text())["eval/kl_data"] for path in files]
     assert len(kl) == 4 and all(value <= kl[0] for value in kl[1:]), kl
+
+
+def test_status_lists_runs_and_how_far_they_are(train: Train, command: Command, tmp_path: Path) -> None:
+    train(name="one")
+    (tmp_path / "outputs/one/iterate-02/model").rename(tmp_path / "outputs/one/iterate-02/model.tmp")
+    shown = command("status", str(tmp_path / "outputs")).out
+    assert "one" in shown and "iterate-02/model" in shown
+    assert command("status", str(tmp_path / "nowhere")).code == 2

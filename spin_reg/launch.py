@@ -21,6 +21,7 @@ from spin_reg.fingerprint import plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.runner import Listener, State, Status
 from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
+from spin_reg.specs import PrepareSpec
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
 QUIET = {
@@ -86,8 +87,15 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     if not root.exists():
         _check_data(planned)
     root.mkdir(parents=True, exist_ok=True)
-    with rundir.owned(root), _logging(root):
+    with rundir.owned(root):
         _write_provenance(planned, overrides)
+        _run(planned, listener)
+
+
+def _run(planned: Planned, listener: Listener) -> None:
+    settings, root = planned.config, planned.root
+    with _logging(root):
+        _warn_of_versions(root)
         identity = config.flatten(plain(settings))
         try:
             with tracking.mirror(root, settings.tracker, identity) as mirror:
@@ -110,8 +118,8 @@ def _check_data(planned: Planned) -> None:
     if planned.states[0].status is Status.todo:
         from spin_reg.stages import prepare as stage
 
-        assert first.kind == "prepare"
-        stage.check(first.spec)  # type: ignore[arg-type]
+        assert isinstance(first.spec, PrepareSpec)
+        stage.check(first.spec)
 
 
 def _environment(settings: Config) -> None:
@@ -126,7 +134,7 @@ def _environment(settings: Config) -> None:
 def _saved(root: Path) -> dict[str, Any] | None:
     path = root / rundir.RUN
     if not path.exists():
-        if root.exists() and any(root.iterdir()):
+        if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
             raise ConfigError(
                 "This folder is not a run of ours.",
                 where=str(root),
@@ -187,28 +195,36 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
     settings, found = planned.config, planned.sources
     path = planned.root / rundir.RUN
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    versions = {"python": platform.python_version(), "spin-reg": __version__}
-    versions |= {name: metadata.version(name) for name in PACKAGES}
-    if before and before["versions"] != versions:
-        changed = [
-            f"{k} {before['versions'].get(k)} -> {v}" for k, v in versions.items() if before["versions"].get(k) != v
-        ]
-        log.warning("versions differ from those this run began with: %s", ", ".join(changed))
     value = {
         "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
         "command": before.get("command") or sys.argv,
-        "overrides": before.get("overrides") or list(overrides),
+        "overrides": list(overrides),
         "settings": config.identity_settings(settings),
         "sources": {
             "model": {"stamp": _stamp(settings.model), "sha256": [found.model, found.tokenizer]},
             "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
         },
-        "versions": before.get("versions") or versions,
+        "versions": before.get("versions") or _versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),
     }
     durable.write_json(path, value)
     durable.write_bytes(planned.root / "config.yaml", config.as_yaml(settings).encode())
+
+
+def _versions() -> dict[str, str]:
+    own = {"python": platform.python_version(), "spin-reg": __version__}
+    return own | {name: metadata.version(name) for name in PACKAGES}
+
+
+def _warn_of_versions(root: Path) -> None:
+    """Versions are provenance: other ones than the run began with are told, not refused."""
+    saved = _saved(root)
+    assert saved is not None
+    began, now = saved["versions"], _versions()
+    changed = [f"{name} {began.get(name)} -> {now[name]}" for name in now if began.get(name) != now[name]]
+    if changed:
+        log.warning("versions differ from those this run began with: %s", ", ".join(changed))
 
 
 @contextmanager

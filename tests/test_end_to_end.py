@@ -163,10 +163,25 @@ def test_the_same_command_again_answers_at_once_without_torch(train: Train, outp
     assert "finished" in done.stderr and str(root) in done.stderr.replace("\n", "")
 
 
+def test_a_folder_that_was_only_just_begun_is_taken_up(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "outputs/run").mkdir(parents=True)
+    (tmp_path / "outputs/run/.lock").touch()
+    assert (train("schedule.iterations=1") / "iterate-01/model").is_dir()
+
+
+def test_a_folder_of_someone_else_is_left_alone(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("x")
+    result = command("train", *SMALL, f"outputs={tmp_path}", "run_name=run")
+    assert result.code == 2 and "not a run of ours" in result.err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
 def test_more_iterations_go_on_from_the_last(train: Train, command: Command, tmp_path: Path) -> None:
     root = train("regularizer=none", "schedule.iterations=1")
     first = weights(root, 1)
     assert command("resume", str(root), "schedule.iterations=2").code == 0
+    assert "finished" in command("resume", str(root)).err  # it knows what it was told last
     straight = train("regularizer=none", "schedule.iterations=2", outputs=tmp_path / "other")
     assert weights(root, 1) == first == weights(straight, 1)
     assert weights(root, 2) == weights(straight, 2)

@@ -17,7 +17,7 @@ from spin_reg.settings import Tracker
 def wandb_records(folder: Path) -> list[Any]:
     """The records of an offline run: a 7-byte header, then 32 KiB blocks of (crc32, length, kind) chunks."""
     internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    (path,) = folder.glob("offline-run-*/*.wandb")
+    (path,) = folder.glob("*.wandb")
     content, position, parts, records = path.read_bytes(), 7, b"", []
     while position + 7 <= len(content):
         left = 32768 - position % 32768
@@ -36,25 +36,31 @@ def wandb_records(folder: Path) -> list[Any]:
     return records
 
 
-def test_wandb_offline_holds_every_row_the_samples_the_settings_and_the_models(tmp_path: Path) -> None:
-    words = [word for word in SMALL if not word.startswith("tracker")]
-    words += ["tracker.log_model=true", f"outputs={tmp_path}", "run_name=run"]
-    code = f"import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', 'train', *{words!r}]\ncli.main()"
+def offline(tmp_path: Path, *words: str) -> None:
+    """The command in a process of its own, with no key and the home folder of nobody."""
+    code = f"import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', *{list(words)!r}]\ncli.main()"
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The history rows of an offline run."""
+    records = [record.history for record in wandb_records(folder) if record.HasField("history")]
+    return [{".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.item} for record in records]
+
+
+def test_wandb_offline_holds_every_row_the_samples_the_settings_and_the_models(tmp_path: Path) -> None:
+    words = [word for word in SMALL if not word.startswith("tracker")]
+    offline(tmp_path, "train", *words, "tracker.log_model=true", f"outputs={tmp_path}", "run_name=run")
     root = tmp_path / "run"
-    records = wandb_records(root / "wandb")
-    history = []
-    for record in records:
-        if record.HasField("history"):
-            item = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            history.append(item)
+    (folder,) = (root / "wandb").glob("offline-run-*")
+    records, sent = wandb_records(folder), history(folder)
     rows = read_jsonl(root / "metrics.jsonl")
-    assert [item["_step"] for item in history] == list(range(len(rows)))
-    for item, row in zip(history, rows, strict=True):
+    assert [item["_step"] for item in sent] == list(range(len(rows)))
+    for item, row in zip(sent, rows, strict=True):
         assert {key: item[key] for key in row} == row
-    tables = {key.partition(".")[0] for item in history for key in item if key.startswith("samples/")}
+    tables = {key.partition(".")[0] for item in sent for key in item if key.startswith("samples/")}
     assert tables == {f"samples/iterate_{k:02d}" for k in range(3)}
     config = {u.key for record in records if record.HasField("run") for u in record.run.config.update}
     assert "regularizer.alpha" in config
@@ -63,6 +69,18 @@ def test_wandb_offline_holds_every_row_the_samples_the_settings_and_the_models(t
     artifacts = {record.request.log_artifact.artifact.name for record in records if record.HasField("request")}
     artifacts |= {record.artifact.name for record in records if record.HasField("artifact")}
     assert {f"run-iterate-{k:02d}" for k in range(3)} <= artifacts
+
+
+@pytest.mark.slow
+def test_wandb_offline_after_a_resume_holds_the_whole_history_under_one_id(tmp_path: Path) -> None:
+    """W&B's own resume does nothing offline, so each process replays metrics.jsonl with its steps."""
+    words = [word for word in SMALL if not word.startswith("tracker")]
+    offline(tmp_path, "train", *words, f"outputs={tmp_path}", "run_name=run", "schedule.iterations=1")
+    offline(tmp_path, "resume", str(tmp_path / "run"), "schedule.iterations=2")
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    folders = sorted((tmp_path / "run/wandb").glob("offline-run-*"), key=lambda p: p.stat().st_mtime)
+    assert len(folders) == 2 and len({folder.name.rpartition("-")[2] for folder in folders}) == 1
+    assert [item["_step"] for item in history(folders[-1])] == list(range(len(rows)))
 
 
 class Broken:

@@ -79,6 +79,7 @@ def commit(root: Path, stage: Stage, work: Path) -> None:
     value = {"name": stage.name, "kind": stage.kind, "version": stage.spec.version, "fingerprint": stage.fingerprint}
     durable.write_json(work / MANIFEST, value | {"spec": plain(stage.spec), "needs": needs, "files": files})
     (work / MANIFEST).chmod(0o444)
+    shutil.rmtree(root / stage.folder, ignore_errors=True)  # there only where a stage is made anew
     durable.rename_folder(work, root / stage.folder)
 
 

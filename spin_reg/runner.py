@@ -70,7 +70,8 @@ def state_of(root: Path, outputs: Path, stage: Stage) -> State:
     rundir.check_sizes(root / stage.folder, found)
     if found["fingerprint"] == stage.fingerprint:
         return State(Status.done, "made")
-    return State(Status.stale, difference(found, stage))
+    status = Status.todo if getattr(stage.spec, "remade", False) else Status.stale
+    return State(status, difference(found, stage))
 
 
 def difference(found: rundir.Manifest, stage: Stage) -> str:

@@ -152,6 +152,7 @@ class EvaluateSpec:
 
     kind: ClassVar[str] = "evaluate"
     version: ClassVar[int] = 1
+    remade: ClassVar[bool] = True  # evaluation settings are no part of a run's identity: others make it anew
 
     k: int
     game: PairsSpec | None

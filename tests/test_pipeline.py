@@ -291,3 +291,17 @@ def test_two_owners_in_two_processes(tmp_path: Path) -> None:
         owner.kill()
     with rundir.owned(tmp_path):  # the lock of a dead process is free
         pass
+
+
+def test_other_evaluation_settings_make_the_evaluation_anew_and_nothing_else(tmp_path: Path) -> None:
+    run(stages(), tmp_path)
+    seen: list[str] = []
+
+    def noting(stage: Stage, *args: Any) -> None:
+        seen.append(stage.kind)
+        stub(stage, *args)
+
+    run(stages("evaluation.num_samples=3"), tmp_path, stage=noting)
+    assert seen == ["evaluate"] * 3
+    run(stages("evaluation.num_samples=3"), tmp_path, stage=noting)
+    assert len(seen) == 3

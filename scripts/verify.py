@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 
 def load(run: Path, k: int) -> Any:
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--rows", type=int, default=64, help="rows an iteration (the first batch is always checked)")
     args = parser.parse_args()
+    logging.disable_progress_bar()
     settings = json.loads((args.run / "run.json").read_text())["settings"]
     if settings["loss.length_norm"] != "none":
         sys.exit("verify.py knows loss.length_norm=none only")

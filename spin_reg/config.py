@@ -1,6 +1,7 @@
 """From a composed YAML tree to checked, plain values: `register()` gives Hydra the schemas, `load()` checks."""
 
 import difflib
+import logging
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, cast
 
@@ -14,6 +15,8 @@ from spin_reg.fingerprint import digest, identity, plain
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
 from spin_reg.schedules import per_iteration
+
+log = logging.getLogger(__name__)
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"tiny": settings.Tiny, "pretrained": settings.Pretrained},
@@ -153,6 +156,7 @@ def _check_alpha(config: Config, sweep: bool) -> None:
     if own is None:
         message = f"alpha={config.alpha}: regularizer={name} takes no alpha; leave it out or use regularizer=kl"
         settings.check(sweep, message)
+        log.warning("alpha=%s is ignored here: regularizer=%s takes none", config.alpha, name)
     else:
         given = per_iteration("alpha", config.alpha, low=0.0, high=1.0)
         message = f"alpha={config.alpha}: regularizer.alpha={own} is set too and wins; give one of them"

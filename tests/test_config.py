@@ -125,8 +125,10 @@ def test_length_norm_goes_with_normalised_references(loss_ok: str) -> None:
     assert composed(loss_ok, "loss.length_norm=mean").loss.length_norm == "mean"
 
 
-def test_in_a_sweep_an_alpha_that_one_arm_does_not_take_is_let_pass() -> None:
-    assert composed("regularizer=none", "alpha=0.5", sweep=True).alpha == 0.5
+def test_in_a_sweep_an_alpha_that_one_arm_does_not_take_is_let_pass(caplog: pytest.LogCaptureFixture) -> None:
+    one, two = (composed("regularizer=none", f"alpha={alpha}", sweep=True) for alpha in (0.1, 0.5))
+    assert config.run_name(one) == config.run_name(two)  # equal points run once
+    assert "alpha=0.5 is ignored" in caplog.text
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "regularizer.alfa=1"], ["train", "--cfg", "job"], ["plan"]])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -235,7 +236,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
     place = _short(planned.root)
     screen.console.print(f"model    {place}/iterate-{iterations:02d}/model", markup=False, soft_wrap=True)
     screen.console.print(f"metrics  {place}/metrics.jsonl", markup=False, soft_wrap=True)
-    more = f"spin-reg resume {place} schedule.iterations={iterations + 2}"
+    more = f"spin-reg resume {shlex.quote(place)} schedule.iterations={iterations + 2}"
     screen.console.print(f"go on    {more}", markup=False, soft_wrap=True)
 
 

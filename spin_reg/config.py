@@ -82,6 +82,7 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
         raise bad_value(str(error)) from error
     assert isinstance(config, Config)
     try:
+        _check_run_name(config.run_name)
         _check_alpha(config, sweep)
         _check_loss(config)
     except ValueError as error:
@@ -146,6 +147,11 @@ def all_keys() -> list[str]:
         for kind in options.values():
             walk(kind, f"{group}.")
     return sorted(set(keys))
+
+
+def _check_run_name(name: str | None) -> None:
+    ok = name is None or (bool(name) and "/" not in name and "\\" not in name and not name.startswith("."))
+    settings.check(ok, f"run_name={name}: give the name of one folder below outputs, without / and no dot in front")
 
 
 def _check_alpha(config: Config, sweep: bool) -> None:

@@ -21,8 +21,17 @@ def _disk_errors(path: Path) -> Iterator[None]:
                 "The disk is full.", where=str(path), why=str(error), todo="make room and run the same command again"
             ) from error
         raise SpinRegError(
-            "A file could not be written.", where=str(path), why=str(error), todo="mend it, then run the command again"
+            "A file or folder could not be written.",
+            where=str(path),
+            why=str(error),
+            todo="mend it, then run the command again",
         ) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder and its parents where they are not there."""
+    with _disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def sync(path: Path) -> None:

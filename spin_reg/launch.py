@@ -86,7 +86,7 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     _environment(settings)
     if not root.exists():
         _check_data(planned)
-    root.mkdir(parents=True, exist_ok=True)
+    durable.make_folder(root)
     with rundir.owned(root):
         _write_provenance(planned, overrides)
         _run(planned, listener)

@@ -104,6 +104,8 @@ BAD = [
     (["dataset.smoothing=0"], "full support"),
     (["dataset.num_prompts=null"], "num_prompts"),
     (["model.num_heads=3"], "model.hidden_size"),
+    (["run_name=../elsewhere"], "one folder"),
+    (["run_name=.hidden"], "one folder"),
     (["evaluation=ful"], "evaluation takes"),
     (["tracker.name=wandbb"], "tracker.name"),
 ]

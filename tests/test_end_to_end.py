@@ -177,6 +177,12 @@ def test_a_folder_of_someone_else_is_left_alone(command: Command, tmp_path: Path
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_an_outputs_that_cannot_be_made_is_told_in_four_lines(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = command("train", *SMALL, f"outputs={tmp_path / 'file' / 'outputs'}")
+    assert result.code == 1 and len(result.err.splitlines()) == 4 and "could not be written" in result.err
+
+
 def test_more_iterations_go_on_from_the_last(train: Train, command: Command, tmp_path: Path) -> None:
     root = train("regularizer=none", "schedule.iterations=1")
     first = weights(root, 1)
@@ -315,6 +321,7 @@ def test_a_non_finite_loss_stops_at_once_names_rows_and_exits_5(
     assert "iteration 0, step 1 of" in result.err and "train-0000" in result.err
     assert (tmp_path / "o/x/iteration-00/pairs.parquet").exists()
     assert not (tmp_path / "o/x/iterate-01/model").exists()
+    assert "Traceback" in (tmp_path / "o/x/run.log").read_text()
 
 
 def test_a_flipped_byte_is_found_before_use(train: Train, command: Command) -> None:

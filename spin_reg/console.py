@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -77,11 +78,11 @@ def iterates_table(root: Path, iterations: int) -> Table | None:
     names = [name for name in COLUMNS if any(f"eval/{name}" in values for values in found.values())]
     if not names:
         return None
-    table = Table(title=root.name, title_justify="left")
+    table = Table(title=root.name, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
     table.add_column("iterate")
     for name in names:
-        table.add_column(name.replace("_", "\n", 1), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right")
     for k, values in found.items():
         cells = [f"{values[f'eval/{name}']:.3f}" if f"eval/{name}" in values else "" for name in names]
-        table.add_row(f"{k}{' (base)' if k == 0 else ''}", *cells)
+        table.add_row("0 base" if k == 0 else str(k), *cells)
     return table

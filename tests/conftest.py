@@ -1,6 +1,7 @@
 """The real command in this process, and settings small enough for a second."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores: more threads would only wait for each other
 
 ROOT = Path(__file__).resolve().parent.parent
 

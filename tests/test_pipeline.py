@@ -72,7 +72,7 @@ class Killed(BaseException):
 def test_killed_at_every_durable_write_the_same_call_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = stages("regularizer=fictitious_play", "evaluation=none")
+    made = stages("evaluation=none", "schedule.iterations=1")
     run(made, tmp_path / "straight")
     straight = tree(tmp_path / "straight" / "run")
     calls, die_at = [0], [0]

@@ -1,5 +1,6 @@
 """The real command in this process, and settings small enough for a second."""
 
+import hashlib
 import json
 import os
 import sys
@@ -73,3 +74,8 @@ def train(command: Command, tmp_path: Path) -> Callable[..., Path]:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(root: Path, k: int) -> str:
+    """SHA-256 of the weights of an iterate."""
+    return hashlib.sha256((root / f"iterate-{k:02d}/model/model.safetensors").read_bytes()).hexdigest()

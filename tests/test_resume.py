@@ -1,0 +1,172 @@
+"""Runs that were cut, extended, damaged or changed, through the real command."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, Command, weights
+
+from spin_reg import fit, launch
+
+Train = Callable[..., Path]
+
+
+def test_the_same_command_again_answers_at_once_without_torch(train: Train) -> None:
+    root = train("regularizer=none", "schedule.iterations=1")
+    words = ["train", *SMALL, "regularizer=none", "schedule.iterations=1", f"outputs={root.parent}", "run_name=run"]
+    code = (
+        f"import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', *{words!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stderr and str(root) in done.stderr.replace("\n", "")
+
+
+def test_a_folder_that_was_only_just_begun_is_taken_up(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "outputs/run").mkdir(parents=True)
+    (tmp_path / "outputs/run/.lock").touch()
+    assert (train("schedule.iterations=1") / "iterate-01/model").is_dir()
+
+
+def test_a_folder_of_someone_else_is_left_alone(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/thesis.tex").write_text("x")
+    result = command("train", *SMALL, f"outputs={tmp_path}", "run_name=run")
+    assert result.code == 2 and "not a run of ours" in result.err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_an_outputs_that_cannot_be_made_is_told_in_four_lines(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = command("train", *SMALL, f"outputs={tmp_path / 'file' / 'outputs'}")
+    assert result.code == 1 and len(result.err.splitlines()) == 4 and "could not be written" in result.err
+
+
+def test_more_iterations_go_on_from_the_last(train: Train, command: Command, tmp_path: Path) -> None:
+    root = train("regularizer=none", "schedule.iterations=1")
+    first = weights(root, 1)
+    assert command("resume", str(root), "schedule.iterations=2").code == 0
+    assert "finished" in command("resume", str(root)).err  # it knows what it was told last
+    straight = train("regularizer=none", "schedule.iterations=2", outputs=tmp_path / "other")
+    assert weights(root, 1) == first == weights(straight, 1)
+    assert weights(root, 2) == weights(straight, 2)
+    assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_other_settings_on_an_old_folder_are_refused_by_name(train: Train, command: Command) -> None:
+    root = train("schedule.iterations=1")
+    before = sorted((p, p.stat().st_mtime_ns) for p in root.rglob("*"))
+    result = command("resume", str(root), "schedule.batch_size=4")
+    assert result.code == 2 and "schedule.batch_size: 8 -> 4" in result.err
+    assert sorted((p, p.stat().st_mtime_ns) for p in root.rglob("*")) == before
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_stopped_inside_training_and_resumed_is_the_uninterrupted_run(
+    train: Train, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train("schedule.save_every=2", "schedule.epochs=3", outputs=tmp_path / "straight")
+    real, calls = fit._gradients, [0]
+
+    def dies(*args: object, **kwargs: object) -> fit.Metrics:
+        calls[0] += 1
+        if calls[0] in (6, 12, 21):  # each one step past a checkpoint
+            raise Killed
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fit, "_gradients", dies)
+    words = [
+        "train",
+        *SMALL,
+        "schedule.save_every=2",
+        "schedule.epochs=3",
+        f"outputs={tmp_path / 'cut'}",
+        "run_name=run",
+    ]
+    for _ in range(3):
+        with pytest.raises(Killed):
+            command(*words)
+    assert command(*words).code == 0
+    assert calls[0] == 2 + 2 * 9 + 3 + 3  # two SFT steps, two times nine, three that died, and one repeated for each
+    cut = tmp_path / "cut" / "run"
+    assert weights(cut, 2) == weights(straight, 2)
+    assert (cut / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    assert not list(cut.rglob("checkpoint-*")) and not list(cut.rglob("*.tmp"))
+
+
+def test_a_flipped_byte_is_found_before_use(train: Train, command: Command) -> None:
+    root = train("schedule.iterations=1")
+    path = root / "iterate-01/model/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    result = command("resume", str(root), "schedule.iterations=2")
+    assert result.code == 1 and "model.safetensors" in result.err and "delete" in result.err
+
+
+def test_a_second_owner_is_refused(train: Train, command: Command) -> None:
+    from spin_reg import rundir
+
+    root = train("schedule.iterations=1")
+    with rundir.owned(root):
+        result = command("resume", str(root), "schedule.iterations=2")
+    assert result.code == 4 and "pid" in result.err
+
+
+def test_an_interrupt_exits_75_and_says_how_to_go_on(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.runner, "run_stage", interrupted)
+    result = command("train", *SMALL, f"outputs={tmp_path / 'o'}")
+    assert result.code == 75 and "same command again" in result.err
+
+
+def test_evaluation_is_added_to_a_finished_run(train: Train, command: Command, tmp_path: Path) -> None:
+    straight = train("regularizer=mixture_of_two", outputs=tmp_path / "a")
+    root = train("regularizer=mixture_of_two", "evaluation=none", outputs=tmp_path / "b")
+    assert not list(root.glob("iterate-*/evaluate"))
+    before = weights(root, 2)
+    result = command("evaluate", str(root), "evaluation=default")
+    assert result.code == 0, result.err
+    assert weights(root, 2) == before
+    assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_for_real_at_any_time_the_same_command_ends_at_the_same_bytes(train: Train, tmp_path: Path) -> None:
+    """Signal 9 after ever longer waits, until a call gets through."""
+    straight = train("schedule.save_every=1", "regularizer=fictitious_play", name="run", outputs=tmp_path / "a")
+    words = [
+        *SMALL,
+        "schedule.save_every=1",
+        "regularizer=fictitious_play",
+        f"outputs={tmp_path / 'b'}",
+        "run_name=run",
+    ]
+    call = [sys.executable, "-m", "spin_reg", "train", *words]
+    killed, wait = 0, 5.0
+    while True:
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=wait) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed, wait = killed + 1, wait + 0.4
+    assert killed >= 2
+    root = tmp_path / "b" / "run"
+    for k in (0, 1, 2):
+        assert weights(root, k) == weights(straight, k)
+    assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()

@@ -25,9 +25,11 @@ from transformers.utils import logging
 def load(run: Path, k: int) -> Any:
     folder: Path | str = run / f"iterate-{k:02d}" / "model"
     base = run / "iterate-00" / "base.json"
+    revision = None
     if k == 0 and base.exists():
-        folder = json.loads(base.read_text())["name"]
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        saved = json.loads(base.read_text())
+        folder, revision = saved["name"], saved["revision"]
+    return AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype="auto").eval()
 
 
 @torch.no_grad()
@@ -44,6 +46,8 @@ def mixture(settings: dict[str, Any], t: int, lp: dict[int, float], k: int) -> f
         return lp[t]
     if name == "base":
         return lp[0]
+    if name not in ("kl", "fictitious_play", "mixture_of_two"):
+        sys.exit(f"verify.py does not know the regularizer {name}: add its formula here")
     history = 2 if name == "mixture_of_two" else settings["regularizer.history"]
     window = list(range(0 if history is None else max(0, t + 1 - history), t + 1))
     kind = settings["regularizer.reference"]
@@ -82,11 +86,11 @@ def check_iteration(run: Path, settings: dict[str, Any], t: int, limit: int) -> 
     rows = pq.read_table(run / f"iteration-{t:02d}" / "pairs.parquet").to_pylist()
     size = settings["schedule.batch_size"]
     first = sorted(rows, key=lambda row: order_key(settings["seed"], t, row))[:size]
-    chosen = first + [row for row in rows if row not in first][: max(0, limit - len(first))]
+    picked = first + [row for row in rows if row not in first][: max(0, limit - len(first))]
     models = {k: load(run, k) for k in range(t + 1)}
     gap = gap_token = 0.0
     deltas = []
-    for i, row in enumerate(chosen):
+    for i, row in enumerate(picked):
         log_ratio = {}
         for kind in ("real", "generated"):
             lp = {k: logprob(m, row["prompt_ids"], row[f"{kind}_ids"]) for k, m in models.items()}
@@ -120,7 +124,7 @@ def main() -> None:
             f"iteration {t}: reference off by at most {gap:.1e} nats a sequence, {token:.1e} a token; "
             f"first loss {loss:.1e}, first margin {margin:.1e}"
         )
-        if token > 1e-5 or loss > 1e-4 or margin > 1e-4:
+        if token > 1e-5 or (settings["dataset._choice"] == "toy" and gap > 1e-4) or loss > 1e-4 or margin > 1e-4:
             sys.exit("the stored references or the first step do not agree with the saved iterates")
 
 

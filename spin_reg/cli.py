@@ -1,6 +1,5 @@
 """The command: verbs, Hydra behind `train` and `plan`, and errors as four lines. Nothing here imports torch."""
 
-import json
 import os
 import shlex
 import sys
@@ -50,6 +49,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
+    except Exception as error:
+        code = _report(_ours(error, traceback_wanted="HYDRA_FULL_ERROR" in os.environ))
     sys.exit(code)
 
 
@@ -72,6 +73,9 @@ def _dispatch(program: str, words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     verb, *rest = words
+    if verb in ("resume", "status") and {"-h", "--help"} & set(rest):
+        print(USAGE, end="")
+        return 0
     if verb == "--version":
         print(__version__)
         return 0
@@ -113,24 +117,34 @@ def _resume(program: str, words: list[str]) -> int:
 
 
 def _evaluate(program: str, words: list[str]) -> int:
-    return _compose(program, _of_run("evaluate", words), partial(_run, only_evaluate=True))
+    task = partial(_run, only_evaluate=True)
+    if not words or words[0].startswith("-") or "=" in words[0]:
+        return _compose(program, words, task)
+    switched_off = [word for word in _of_run("evaluate", words) if word != "evaluation=none" or word in words]
+    return _compose(program, switched_off, task)
 
 
 def _of_run(verb: str, words: list[str]) -> list[str]:
-    """The words a run began with, then the ones given now, then the place of its folder."""
+    """The words a run began with, then the ones given now, then the place of its folder.
+
+    Paths among them are relative to where the run began, so the process moves there.
+    """
+    from spin_reg import rundir
+
     if not words or words[0].startswith("-") or "=" in words[0]:
         raise ConfigError(
             "Which run?", where=f"spin-reg {verb}", why="no folder was given", todo=f"spin-reg {verb} RUN"
         )
     root = Path(words[0]).expanduser().resolve()
-    path = root / "run.json"
-    if not path.is_file():
+    saved = rundir.provenance(root)
+    if saved is None:
         raise ConfigError(
             "This is no run.", where=str(root), why="it has no run.json", todo="spin-reg status lists runs"
         )
-    saved = json.loads(path.read_text(encoding="utf-8"))["overrides"]
+    if Path(saved["cwd"]).is_dir():
+        os.chdir(saved["cwd"])
     place = [f"outputs={_quoted(str(root.parent))}", f"run_name={_quoted(root.name)}"]
-    return _last_wins([*saved, *words[1:], *place])
+    return _last_wins([*saved["overrides"], *words[1:], *place])
 
 
 def _quoted(text: str) -> str:
@@ -221,6 +235,9 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
 
     planned = _planned(cfg, only_evaluate=only_evaluate)
     screen = Screen()
+    if not planned.stages:
+        screen.console.print(f"{planned.root} has no iterate to evaluate.", markup=False, soft_wrap=True)
+        return
     if planned.finished:
         screen.console.print(f"{planned.root} is finished: nothing to do.", markup=False, soft_wrap=True)
     else:

@@ -89,7 +89,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield number, Unusable(f"is not JSON: {error}")
 
 
@@ -115,7 +115,7 @@ def _checked(rows: Iterator[tuple[int, Any]], where: str) -> list[Example]:
         try:
             example = _example(row, number)
             twin = examples.setdefault(example.example_id, example)
-            if twin is not example and "id" in row:
+            if twin is not example and row.get("id") is not None:
                 raise Unusable(f"has the id {example.example_id!r} of row {twin.number}")
         except Unusable as fault:
             faults.append(f"row {number} {fault}")
@@ -164,6 +164,8 @@ def _text(row: Row, key: str) -> str:
         raise Unusable(f"has a {key} that is {'null' if value is None else type(value).__name__}, not text")
     if not value.strip():
         raise Unusable(f"has an empty {key}")
+    if any("\ud800" <= char <= "\udfff" for char in value):
+        raise Unusable(f"has a {key} with half a surrogate pair, which is no text")
     return value
 
 

@@ -48,8 +48,11 @@ def batches(names: Sequence[str], *, seed: int, iteration: int, epochs: int, siz
 
 
 def lr_factor(kind: LrScheduler, step: int, total: int, warmup_ratio: float) -> float:
-    """The factor on the learning rate of step `step` (from 0) of `total`: linear warmup, then the named decay to 0."""
-    warmup = math.ceil(total * warmup_ratio)
+    """The factor on the learning rate of step `step` (from 0) of `total`: linear warmup, then the named decay to 0.
+
+    As everywhere in this field a warmup begins at 0; so that a single step trains, the last step is never part of it.
+    """
+    warmup = min(math.ceil(total * warmup_ratio), total - 1)
     if step < warmup:
         return step / max(1, warmup)
     progress = (step - warmup) / max(1, total - warmup)
@@ -70,6 +73,14 @@ def _checkpointing(model: PreTrainedModel, what: str) -> Callable[..., None]:
         model, f"gradient_checkpointing_{what}"
     )
     return method
+
+
+def _train_without_dropout(layer: torch.nn.Module) -> None:
+    """A layer checkpoints only while it believes it trains; its own dropout rates (where it has any) become 0."""
+    layer.training = True
+    for name, value in vars(layer).items():
+        if "drop" in name.lower() and isinstance(value, float):
+            setattr(layer, name, 0.0)
 
 
 def fit(
@@ -106,8 +117,9 @@ def fit(
     inner.eval()  # no dropout: the loss compares the policy with log-probs that were scored without it
     if spec.gradient_checkpointing:
         _checkpointing(inner, "enable")({"use_reentrant": False})
-        for module in inner.modules():  # a layer checkpoints only while it believes it trains
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for module in inner.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                _train_without_dropout(module)
     done, metrics = checkpoint.read(out, inner, optimizer.optimizer)
     for row in metrics:
         context.log(row)

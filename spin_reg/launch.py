@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +45,8 @@ class Planned:
 
     @property
     def finished(self) -> bool:
-        return all(state.status is Status.done for state in self.states)
+        done = all(state.status is Status.done for state in self.states)
+        return done and runner.metrics_whole(self.root, self.stages)
 
 
 def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
@@ -62,6 +63,9 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     saved = _saved(root)
     if saved is not None:
         _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
+        if saved["iterations"] > settings.schedule.iterations:  # what was played stays part of the run
+            schedule = replace(settings.schedule, iterations=saved["iterations"])
+            settings = replace(settings, schedule=schedule)
     found = _sources(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
@@ -88,6 +92,9 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
         _check_data(planned)
     durable.make_folder(root)
     with rundir.owned(root):
+        saved = _saved(root)
+        if saved is not None:  # another process may have made it since we looked
+            _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
         _write_provenance(planned, overrides)
         _run(planned, listener)
 
@@ -132,20 +139,14 @@ def _environment(settings: Config) -> None:
 
 
 def _saved(root: Path) -> dict[str, Any] | None:
-    path = root / rundir.RUN
-    if not path.exists():
-        if root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
-            raise ConfigError(
-                "This folder is not a run of ours.",
-                where=str(root),
-                why=f"it has no {rundir.RUN}, yet it is not empty",
-                todo="choose another run_name or outputs",
-            )
-        return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise rundir.damaged(path, f"it is not JSON ({error})") from error
+    found = rundir.provenance(root)
+    if found is None and root.exists() and any(not path.name.startswith(".") for path in root.iterdir()):
+        raise ConfigError(
+            "This folder is not a run of ours.",
+            where=str(root),
+            why=f"it has no {rundir.RUN}, yet it is not empty",
+            todo="choose another run_name or outputs",
+        )
     return found
 
 
@@ -194,11 +195,13 @@ def _stamp(source: Model | Dataset) -> Any:
 def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
     settings, found = planned.config, planned.sources
     path = planned.root / rundir.RUN
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    before = rundir.provenance(planned.root) or {}
     value = {
         "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
         "command": before.get("command") or sys.argv,
         "overrides": list(overrides),
+        "cwd": before.get("cwd") or str(Path.cwd()),
+        "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
         "sources": {
             "model": {"stamp": _stamp(settings.model), "sha256": [found.model, found.tokenizer]},

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -22,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spin_reg import sources
+from spin_reg import durable, sources
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.settings import Hardware, Model, Precision, Pretrained, Tiny
 from spin_reg.specs import Policy
@@ -122,11 +123,13 @@ def _loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loade
 
 
 def generation_config(spec: Model) -> GenerationConfig | None:
-    """The generation config beside a pretrained model, where it has one."""
+    """The generation config of a pretrained model, as loading it would find it."""
     if not isinstance(spec, Pretrained):
         return None
     folder = sources.model_folder(spec)
-    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").exists() else None
+    if (folder / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))  # as loading the model does
 
 
 def end_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -190,8 +193,9 @@ def _base_folder(base: Path) -> Path:
 
 def save(loaded: Loaded, folder: Path) -> None:
     """An ordinary Hugging Face folder: safetensors, configuration, tokenizer with its chat template."""
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    with durable.disk_errors(folder):
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
 
 
 def accelerator(hardware: Hardware) -> Accelerator:
@@ -199,4 +203,5 @@ def accelerator(hardware: Hardware) -> Accelerator:
     wanted = "bf16" if hardware.precision is Precision.bf16 else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state(reset_partial_state=True)
+        forget()  # a model kept in memory is wrapped for the other precision
     return Accelerator(mixed_precision=wanted, cpu=not torch.cuda.is_available())

@@ -9,7 +9,7 @@ from spin_reg.config import Config
 from spin_reg.fingerprint import digest, identity
 from spin_reg.opponents import Draw, Opponent, Pairs
 from spin_reg.schedules import at
-from spin_reg.settings import Pretrained, Toy
+from spin_reg.settings import Dtype, Precision, Pretrained, Toy
 from spin_reg.specs import (
     BaseSpec,
     EvaluateSpec,
@@ -73,6 +73,13 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
     return list(builder.stages.values())
 
 
+def _layout(config: Config) -> tuple[int, ...] | None:
+    """In bf16 a log-prob moves with its batch companions, so the batch sizes are part of what a stage is."""
+    if config.hardware.precision is Precision.fp32 and config.model.dtype is Dtype.float32:
+        return None
+    return (config.hardware.micro_batch_size, config.hardware.score_batch_size, config.generation.batch_size)
+
+
 def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
     """The names of the stages that evaluate the iterates among `there`, and of all that those need."""
     kept: set[str] = set()
@@ -94,7 +101,7 @@ class _Builder:
 
     def __init__(self, config: Config, sources: Sources) -> None:
         self.config, self.sources = config, sources
-        self.policy = Policy(config.model.dtype, config.model.attn_implementation)
+        self.policy = Policy(config.model.dtype, config.model.attn_implementation, _layout(config))
         self.stages: dict[str, Stage] = {}
 
     def _add(self, name: str, spec: Spec, needs: Mapping[str, Stage], folder: str | None = None) -> Stage:
@@ -115,7 +122,7 @@ class _Builder:
         if isinstance(c.model, Pretrained) and c.model.sft.epochs == 0:
             assert self.sources.model is not None
             return self._add("iterate-00/base", BaseSpec(c.model, self.sources.model), {}, folder="iterate-00")
-        spec = SftSpec(c.model, self.sources.model, c.model.sft, c.seed, c.hardware, c.schedule.save_every)
+        spec = SftSpec(c.model, self.sources.model, c.model.sft, c.seed, self.policy, c.hardware, c.schedule.save_every)
         return self._add("iterate-00/sft", spec, {"data": data}, folder="iterate-00/model")
 
     def _train(self, t: int) -> Stage:
@@ -253,5 +260,7 @@ class _Builder:
             needs |= joined | {"own_scores_previous": self.generated(k - 1, own)}
             needs["own_scores_base"] = self.generated(0, own)
         beta = at(c.schedule.beta, k - 1) if k > 0 else None
-        spec = EvaluateSpec(k=k, game=game, beta=beta, num_samples=c.evaluation.num_samples)
+        spec = EvaluateSpec(
+            k=k, game=game, beta=beta, length_norm=c.loss.length_norm, num_samples=c.evaluation.num_samples
+        )
         self._add(f"iterate-{k:02d}/evaluate", spec, needs)

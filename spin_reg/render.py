@@ -36,11 +36,11 @@ def render(
     if whole[: len(prompt)] != prompt:
         raise Unusable("the template's prompt is not a prefix of the template's whole conversation")
     answer = whole[len(prompt) :]
+    if set(ends) & set(tokenizer.encode(messages[-1]["content"], add_special_tokens=False)):
+        raise Unusable("the answer's text holds a token that ends an answer")
     ended = [i for i, token in enumerate(answer) if token in ends]
     if not ended:
         answer, ended = [*answer, int(tokenizer.eos_token_id)], [len(answer)]
-    if len(ended) > 1:
-        raise Unusable("the answer's text holds the token that ends an answer")
     answer = answer[: ended[0] + 1]
     if len(answer) == 1:
         raise Unusable("the answer is empty")

@@ -31,6 +31,31 @@ def manifest(folder: Path) -> Manifest | None:
         raise damaged(path, f"it is not a manifest ({error})") from error
 
 
+def provenance(root: Path) -> dict[str, Any] | None:
+    """What run.json says; None where there is none.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    path = root / RUN
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"created", "overrides", "settings", "sources", "versions", "iterations", "cwd"} - set(found)
+    except (ValueError, TypeError) as error:
+        raise damaged_run(path, f"it is not JSON ({error})") from error
+    if missing:
+        raise damaged_run(path, f"it lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def damaged_run(path: Path, why: str) -> DamagedError:
+    """The error for a run.json that cannot be used: a source, so it is refused, not rebuilt."""
+    todo = "put it back from a copy, or begin the run anew under another run_name (finished stages are taken over)"
+    return DamagedError("The record of a run is damaged.", where=str(path), why=why, todo=todo)
+
+
 def damaged(path: Path, why: str) -> DamagedError:
     """The error that names a damaged file of a finished stage."""
     todo = f"delete {path.parent} and run the same command: the stage is made again"

@@ -106,7 +106,8 @@ def run_all(
     Raises:
         ConfigError: a stage's folder was made with other settings.
     """
-    rows: Rows = []
+    kept = {stage.name: stage_rows(root, stage) for stage in stages}
+    sent = 0
     checked: set[str] = set()
     for index, stage in enumerate(stages, start=1):
         state = state_of(root, outputs, stage)
@@ -121,15 +122,18 @@ def run_all(
         elif state.status is Status.todo:
             began = clock()
             _verify(root, stage, checked)
-            context = Context(listener.progress, _live(sink, len(rows)))
+            context = Context(listener.progress, _live(sink, sent))
             work = rundir.begin(root, stage)
             (run or run_stage)(stage, {role: root / need.folder for role, need in stage.needs.items()}, work, context)
             rundir.commit(root, stage, work)
             listener.finished(stage, clock() - began)
         if state.status is not Status.done:
             rundir.remember(outputs, root, stage)
-        rows += _mirror(root / stage.folder, sink, len(rows))
-        _publish(root / METRICS, rows)
+        kept[stage.name] = stage_rows(root, stage)
+        for row in kept[stage.name]:  # a sink ignores what it has
+            sink.log(sent, row)
+            sent += 1
+        _publish(root / METRICS, [row for rows in kept.values() for row in rows])
 
 
 def run_stage(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) -> None:
@@ -163,16 +167,24 @@ def _live(sink: Sink, start: int) -> Callable[[dict[str, Any]], None]:
     return lambda row: sink.log(next(count), row)
 
 
-def _mirror(folder: Path, sink: Sink, start: int) -> Rows:
-    """The metrics rows a finished stage keeps; each is sent on (a sink ignores what it has)."""
+def stage_rows(root: Path, stage: Stage) -> Rows:
+    """The metrics rows that a finished stage keeps; none where it is not made or keeps none."""
+    folder = root / stage.folder
     path = folder / METRICS
-    rows = durable.read_jsonl(path) if path.exists() else []
-    for index, row in enumerate(rows, start=start):
-        sink.log(index, row)
-    return rows
+    return durable.read_jsonl(path) if (folder / rundir.MANIFEST).exists() and path.exists() else []
+
+
+def metrics_whole(root: Path, stages: list[Stage]) -> bool:
+    """Whether the run's metrics.jsonl holds exactly what these stages keep."""
+    path = root / METRICS
+    try:
+        return durable.read_jsonl(path) == [row for stage in stages for row in stage_rows(root, stage)]
+    except (OSError, ValueError):
+        return False
 
 
 def _publish(path: Path, rows: Rows) -> None:
     """Make the run's metrics.jsonl hold these rows."""
-    if not path.exists() or durable.read_jsonl(path) != rows:
-        durable.write_jsonl(path, rows)
+    content = durable.jsonl(rows)
+    if not path.exists() or path.read_bytes() != content:
+        durable.write_bytes(path, content)

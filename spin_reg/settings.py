@@ -137,6 +137,7 @@ class Toy(Dataset):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.num_prompts is not None, "dataset.num_prompts=null: the toy has no end; give a number")
+        check(self.num_heldout > 1, "dataset.num_heldout=1: the toy's standard errors need 2 or more")
         ok = 0 < self.smoothing < 0.5
         check(ok, f"dataset.smoothing={self.smoothing}: give a probability above 0 (full support) and below 0.5")
 
@@ -243,6 +244,9 @@ class Wandb(Tracker):
     entity: str | None = None
     group: str | None = None
     log_model: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.name == "wandb", f"tracker.name={self.name}: choose a tracker with tracker={self.name}")
 
 
 @dataclass

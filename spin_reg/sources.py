@@ -7,7 +7,10 @@ from spin_reg.fingerprint import digest, file_sha256
 from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens*", "vocab*", "merges.txt", "generation_config.json")
+TOKENIZER_FILES = (
+    *("tokenizer*", "chat_template*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"),
+    *("generation_config.json", "config.json"),  # which tokens end an answer
+)
 
 
 def model_folder(model: Pretrained) -> Path:
@@ -28,6 +31,11 @@ def model_folder(model: Pretrained) -> Path:
                 todo="give a Hugging Face folder as save_pretrained writes it",
             )
     return folder
+
+
+def model_revision(model: Pretrained) -> str | None:
+    """The commit of a model of the Hub (its snapshot's name); None for a local folder."""
+    return None if Path(model.name_or_path).expanduser().exists() else model_folder(model).name
 
 
 def _from_hub(model: Pretrained, folder: Path) -> Path:
@@ -52,7 +60,7 @@ def _first_line(error: Exception) -> str:
 def files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
     """One SHA-256 over the names and contents of the files of a folder that match."""
     files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return digest([[path.name, file_sha256(path)] for path in files])
+    return digest([[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files])
 
 
 def model_sha256(model: Model) -> str | None:

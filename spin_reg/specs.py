@@ -10,6 +10,7 @@ from spin_reg.settings import (
     Dtype,
     Generation,
     Hardware,
+    LengthNorm,
     Loss,
     LrScheduler,
     Model,
@@ -35,6 +36,7 @@ class Policy:
 
     dtype: Dtype
     attn_implementation: str | None
+    layout: tuple[int, ...] | None  # batch sizes, where arithmetic is so coarse that they change results (bf16)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class SftSpec:
     sha256: str | None
     sft: Sft
     seed: int
+    policy: Policy
     hardware: Hardware
     save_every: int = runtime(200)
 
@@ -157,6 +160,7 @@ class EvaluateSpec:
     k: int
     game: PairsSpec | None
     beta: float | None
+    length_norm: LengthNorm
     num_samples: int
 
 

@@ -12,7 +12,7 @@ from spin_reg.settings import Hardware, LrScheduler, Optimizer
 
 
 @pytest.mark.parametrize("kind", list(LrScheduler))
-@pytest.mark.parametrize(("total", "warmup_ratio"), [(10, 0.0), (10, 0.1), (23, 0.25), (1, 0.1)])
+@pytest.mark.parametrize(("total", "warmup_ratio"), [(10, 0.0), (10, 0.1), (23, 0.25), (2, 0.1)])
 def test_learning_rates_are_those_of_transformers(kind: LrScheduler, total: int, warmup_ratio: float) -> None:
     import math
 
@@ -24,6 +24,11 @@ def test_learning_rates_are_those_of_transformers(kind: LrScheduler, total: int,
         assert fit.lr_factor(kind, step, total, warmup_ratio) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
+
+
+@pytest.mark.parametrize("kind", list(LrScheduler))
+def test_a_single_step_trains(kind: LrScheduler) -> None:
+    assert fit.lr_factor(kind, 0, 1, 0.1) == fit.lr_factor(kind, 0, 1, 1.0) == 1.0
 
 
 def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:

@@ -58,7 +58,7 @@ def test_a_scored_model_gives_one_answer_whatever_its_dropout(base: Path) -> Non
     from spin_reg.settings import Dtype
     from spin_reg.specs import Policy
 
-    model = models.load(base, Policy(Dtype.float32, None)).model
+    model = models.load(base, Policy(Dtype.float32, None, None)).model
     batch = collate([[1, 2], [3]], [[4, 5, 6], [7]])
     with torch.no_grad():
         assert torch.equal(sequence_logprobs(model, batch), sequence_logprobs(model, batch))

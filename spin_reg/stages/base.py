@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from spin_reg import durable, models
+from spin_reg import durable, models, sources
 from spin_reg.context import Context
 from spin_reg.specs import BaseSpec
 
 
 def run(spec: BaseSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write base.json."""
-    saved = {"name": spec.model.name_or_path, "revision": spec.model.revision, "sha256": spec.sha256}
+    saved = {"name": spec.model.name_or_path, "revision": sources.model_revision(spec.model), "sha256": spec.sha256}
     durable.write_json(out / models.BASE_FILE, saved)

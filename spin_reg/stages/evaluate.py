@@ -1,6 +1,5 @@
 """What is reported of an iterate: pure arithmetic over held-out tables that other stages made."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from spin_reg import durable, join, tables
 from spin_reg.context import Context
+from spin_reg.settings import LengthNorm
 from spin_reg.specs import EvaluateSpec, Split, generated_role, real_role
 from spin_reg.tables import Row
 
@@ -107,7 +107,11 @@ def game(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
     for pair in join.pairs(spec.game, inputs, Split.heldout):
         name = pair.example["example_id"]
         policy = generated[pair.answer["sampled_from"]][name]["logprob"]
-        deltas.append(real[name]["logprob"] - pair.reference_real - (policy - pair.reference_generated))
+        ratios = [real[name]["logprob"] - pair.reference_real, policy - pair.reference_generated]
+        if spec.length_norm is LengthNorm.mean:
+            lengths = (len(pair.example["real_ids"]), len(pair.answer["generated_ids"]))
+            ratios = [ratio / length for ratio, length in zip(ratios, lengths, strict=True)]
+        deltas.append(ratios[0] - ratios[1])
     array = np.array(deltas)
     return {"eval/margin": spec.beta * float(array.mean()), "eval/accuracy": float((array > 0).mean())}
 
@@ -123,9 +127,3 @@ def samples(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> list[dict[str, An
         kept = {"prompt": row["prompt"], "real": row["real"], "generated": answer["generated"]}
         rows.append({"iterate": spec.k, **kept, "finish_reason": answer["finish_reason"]})
     return rows
-
-
-def read_metrics(folder: Path) -> Values:
-    """The metrics.json of an evaluate folder."""
-    values: Values = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return values

@@ -1,6 +1,7 @@
 """Data into token ids, split into train and held-out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from spin_reg import data, durable, models, tables
 from spin_reg.context import Context
 from spin_reg.data import Splits
 from spin_reg.fingerprint import digest
+from spin_reg.settings import Hub
 from spin_reg.specs import PrepareSpec
 
 _checked: dict[str, tuple[Splits, dict[str, Any]]] = {}  # what `check` made, until `run` writes it
@@ -21,7 +23,10 @@ def check(spec: PrepareSpec, progress: Callable[[int, int], None] = lambda done,
     """
     tokenizer = models.load_tokenizer(spec.model)
     ends = models.end_ids(models.generation_config(spec.model), tokenizer)
-    _checked[digest(spec)] = data.prepare(spec.dataset, tokenizer, ends, progress)
+    dataset = spec.dataset
+    if isinstance(dataset, Hub) and not Path(dataset.path).is_dir():
+        dataset = replace(dataset, revision=spec.source)  # the commit that was fingerprinted, whatever is newest now
+    _checked[digest(spec)] = data.prepare(dataset, tokenizer, ends, progress)
 
 
 def run(spec: PrepareSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:

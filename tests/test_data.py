@@ -224,3 +224,31 @@ def test_rendering_keeps_text_and_ends_once(texts: list[str]) -> None:
     assert prompt == render.prompt_ids(TOKENIZER, messages[:-1])
     assert answer.count(END) == 1 and answer[-1] == END
     assert TOKENIZER.decode(answer[:-1]) == messages[-1]["content"]
+
+
+def test_what_a_template_puts_behind_the_end_of_turn_is_cut_off() -> None:
+    """Even where that is another end token, as in templates that close the text after the turn."""
+    tokenizer = models.byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{% endif %}", "{% else %}<|pad|>\n{% endif %}")
+    both = (END, int(tokenizer.pad_token_id))
+    prompt, answer = render.render(tokenizer, CHAT, both)
+    assert answer == [*tokenizer.encode("yes", add_special_tokens=False), END]
+
+
+def test_null_ids_are_no_ids_and_half_a_character_is_no_text(tmp_path: Path) -> None:
+    rows = [row | {"id": None} for row in GOOD[:2]]
+    assert len(data.read(dataset(write(tmp_path / "a.jsonl", [*rows, rows[0]])))) == 2
+    with pytest.raises(DataError) as raised:
+        data.read(dataset(write(tmp_path / "b.jsonl", ['{"prompt": "x\\ud800", "response": "y"}'])))
+    assert "row 1 has a prompt with half a surrogate pair" in raised.value.why
+
+
+def test_equal_files_under_other_names_are_another_source(tmp_path: Path) -> None:
+    from spin_reg import sources
+
+    for place, names in (("a", ("test", "train")), ("b", ("train", "validation"))):
+        for name, content in zip(names, ("A", "B"), strict=True):
+            (tmp_path / place / name).mkdir(parents=True)
+            (tmp_path / place / name / "x").write_text(content)
+    one, two = (sources.data_sha256(Hub(path=str(tmp_path / place))) for place in ("a", "b"))
+    assert one != two

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, Command, read_jsonl, weights
 
@@ -133,3 +134,22 @@ def test_status_lists_runs_and_how_far_they_are(train: Train, command: Command, 
     shown = command("status", str(tmp_path / "outputs")).out
     assert "one" in shown and "iterate-02/model" in shown
     assert command("status", str(tmp_path / "nowhere")).code == 2
+
+
+def test_held_out_margins_are_those_of_the_loss(train: Train) -> None:
+    """With length_norm=mean each log-ratio is divided by its length, in evaluation as in training."""
+    root = train("regularizer=none", "loss.length_norm=mean", "schedule.iterations=1", "schedule.beta=0.5")
+    scores = {
+        name: {row["example_id"]: row["logprob"] for row in pq.read_table(root / name / "scores.parquet").to_pylist()}
+        for name in (f"iterate-{k:02d}/scores/heldout-{what}" for k in (0, 1) for what in ("real", "from-00"))
+    }
+    real = {row["example_id"]: len(row["real_ids"]) for row in pq.read_table(root / "data/heldout.parquet").to_pylist()}
+    answers = pq.read_table(root / "iterate-00/answers/heldout/answers.parquet").to_pylist()
+    deltas = []
+    for row in answers:
+        name = row["example_id"]
+        gain = {w: scores[f"iterate-01/scores/heldout-{w}"][name] - scores[f"iterate-00/scores/heldout-{w}"][name]
+                for w in ("real", "from-00")}  # fmt: skip
+        deltas.append(gain["real"] / real[name] - gain["from-00"] / len(row["generated_ids"]))
+    found = json.loads((root / "iterate-01/evaluate/metrics.json").read_text())
+    assert found["eval/margin"] == pytest.approx(0.5 * sum(deltas) / len(deltas))

@@ -305,3 +305,14 @@ def test_other_evaluation_settings_make_the_evaluation_anew_and_nothing_else(tmp
     assert seen == ["evaluate"] * 3
     run(stages("evaluation.num_samples=3"), tmp_path, stage=noting)
     assert len(seen) == 3
+
+
+def test_batch_sizes_are_part_of_a_stage_in_bf16_and_only_there() -> None:
+    def prints(*words: str) -> dict[str, str]:
+        return {s.name: s.fingerprint for s in stages(*words)}
+
+    assert prints("hardware.score_batch_size=3") == prints()
+    for bf16 in ("hardware.precision=bf16", "model.dtype=bfloat16"):
+        one, other = prints(bf16), prints(bf16, "hardware.score_batch_size=3")
+        assert one["iterate-00/scores/train-real"] != other["iterate-00/scores/train-real"]
+        assert one["iterate-00/sft"] != other["iterate-00/sft"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, Command, read_jsonl
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from spin_reg import models
 from spin_reg.logprobs import collate, sequence_logprobs
@@ -112,3 +112,35 @@ def test_a_model_that_is_nowhere_exits_2(command: Command, tmp_path: Path, monke
     result = command("train", *words(Path("no/such-model"), tmp_path / "o"))
     assert result.code == 2 and "no/such-model" in result.err and "Hub" in result.err
     assert not (tmp_path / "o").exists()
+
+
+def test_checkpointing_brings_no_dropout_back(command: Command, tmp_path: Path) -> None:
+    """OPT's layers drop out by a rate of their own whenever they believe they train."""
+    folder = tmp_path / "opt"
+    tokenizer = models.byte_tokenizer()
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16,
+        word_embed_proj_dim=16, max_position_embeddings=1024, dropout=0.5, attention_dropout=0.5, layerdrop=0.0,
+        eos_token_id=tokenizer.eos_token_id, init_std=0.2,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    more = ["regularizer=none", "schedule.iterations=1", "hardware.gradient_checkpointing=true"]
+    result = command("train", *words(folder, tmp_path / "o"), *more)
+    assert result.code == 0, result.err
+    first = next(r for r in read_jsonl(tmp_path / "o/run/metrics.jsonl") if "train/loss" in r)
+    assert math.isclose(first["train/loss"], math.log(2), abs_tol=1e-6)
+
+
+def test_without_a_generation_config_the_models_own_end_counts_everywhere(base: Path, tmp_path: Path) -> None:
+    from spin_reg.settings import Pretrained
+
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    (copy / "generation_config.json").unlink()
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    settings = Pretrained(name_or_path=str(copy))
+    prepared = models.end_ids(models.generation_config(settings), models.load_tokenizer(settings))
+    assert prepared == models.start(settings).end_ids == tuple(sorted({5, models.byte_tokenizer().eos_token_id}))

@@ -170,3 +170,70 @@ def test_killed_for_real_at_any_time_the_same_command_ends_at_the_same_bytes(tra
     for k in (0, 1, 2):
         assert weights(root, k) == weights(straight, k)
     assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_metrics_that_were_lost_are_put_together_again(train: Train) -> None:
+    root = train("schedule.iterations=1")
+    whole = (root / "metrics.jsonl").read_bytes()
+    for damage in (whole[:-40], b"", None):
+        (root / "metrics.jsonl").unlink()
+        if damage is not None:
+            (root / "metrics.jsonl").write_bytes(damage)
+        train("schedule.iterations=1")
+        assert (root / "metrics.jsonl").read_bytes() == whole
+
+
+def test_asking_for_fewer_iterations_takes_nothing_away(train: Train, command: Command) -> None:
+    root = train("schedule.iterations=2")
+    whole = (root / "metrics.jsonl").read_bytes()
+    train("schedule.iterations=1", "evaluation.num_samples=2")
+    assert (root / "metrics.jsonl").read_bytes() == whole
+    assert "finished" in command("resume", str(root), "evaluation.num_samples=2").err
+
+
+def test_evaluate_needs_no_word_but_the_run(train: Train, command: Command) -> None:
+    root = train("evaluation=none", "schedule.iterations=1")
+    assert command("evaluate", str(root)).code == 0
+    assert (root / "iterate-01/evaluate/metrics.json").exists()
+    assert command("evaluate", "--help").code == 0 and command("resume", "--help").code == 0
+
+
+@pytest.mark.parametrize("content", ['{"a"', "{}", "[]"])
+def test_a_damaged_record_is_named_and_hides_no_other_run(content: str, train: Train, command: Command) -> None:
+    bad, good = train("schedule.iterations=1", name="bad"), train("schedule.iterations=1", name="good")
+    (bad / "run.json").write_text(content)
+    result = command("resume", str(bad))
+    assert result.code == 1 and "run.json" in result.err and len(result.err.splitlines()) == 4
+    shown = command("status", str(good.parent)).out
+    assert "damaged" in shown and "good" in shown
+
+
+def test_a_run_is_resumed_from_anywhere(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    rows = "\n".join(f'{{"prompt": "{i}?", "response": "{i}!"}}' for i in range(40))
+    (tmp_path / "a/mine.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path / "a")
+    words = [word for word in SMALL if "iterations" not in word]
+    own = ["dataset=jsonl", "dataset.path=mine.jsonl", "run_name=run", "schedule.iterations=1"]
+    assert command("train", *words, *own).code == 0
+    monkeypatch.chdir(tmp_path)
+    result = command("resume", "a/outputs/run", "schedule.iterations=2")
+    assert result.code == 0, result.err
+    assert (tmp_path / "a/outputs/run/iterate-02/model").is_dir()
+
+
+def test_a_disk_that_is_full_while_weights_are_saved_exits_6(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Safetensors reports it as an error of its own, with the system's as text."""
+    from safetensors import SafetensorError
+    from transformers import LlamaForCausalLM
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "save_pretrained", full)
+        result = command("train", *SMALL, f"outputs={tmp_path}", "run_name=run")
+    assert result.code == 6 and "No space left" in result.err
+    assert command("train", *SMALL, f"outputs={tmp_path}", "run_name=run").code == 0

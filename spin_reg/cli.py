@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spin_reg import __version__
@@ -196,7 +197,10 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
             _report(failures[-1])
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
+        with TemporaryDirectory() as scratch:  # Hydra leaves a multirun.yaml; run.json already says all of it
+            if {"-m", "--multirun"} & set(words) and not any(w.startswith("hydra.sweep.dir=") for w in words):
+                sys.argv.append(f"hydra.sweep.dir={_quoted(scratch)}")
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -115,7 +116,15 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
 
 def _from_folder(folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, **kwargs)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, **kwargs)
+    except SafetensorError as error:
+        raise DamagedError(
+            "The weights of a model cannot be read.",
+            where=str(folder),
+            why=f"not whole safetensors files ({error})",
+            todo="put the files back as they were",
+        ) from error
 
 
 def _loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:

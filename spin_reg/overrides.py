@@ -59,6 +59,9 @@ def check(words: Sequence[str]) -> None:
                 raise ConfigError("This word sets nothing.", where=word, why="settings are key=value", todo=todo)
             continue
         name = key.partition("@")[0]
+        if name in TOP and word.partition("=")[2] in ("", "null"):
+            options = ", ".join(option_names(name))
+            raise ConfigError(f"{name} must be chosen.", where=word, why="a run needs one", todo=f"{name}={options}")
         if name not in known:
             raise unknown_key(name, known)
 
@@ -99,10 +102,15 @@ def explain(error: Exception) -> SpinRegError:
     )
 
 
-def _no_option(group: str, name: str) -> ConfigError:
+def option_names(group: str) -> list[str]:
+    """The options of a group: the YAML files of its folder in conf/."""
     from spin_reg.cli import conf_dir
 
-    options = sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def _no_option(group: str, name: str) -> ConfigError:
+    options = option_names(group)
     near = get_close_matches(name, options, n=1, cutoff=0.4)
     todo = (f"did you mean {group}={near[0]}? " if near else "") + f"{group} takes: {', '.join(options)}"
     return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)

@@ -87,6 +87,15 @@ def test_a_base_that_changed_is_refused(base: Path, command: Command, tmp_path: 
     assert "sha256" in result.err
 
 
+def test_weights_that_are_not_whole_are_named(base: Path, command: Command, tmp_path: Path) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    result = command("train", *words(copy, tmp_path / "o"))
+    assert result.code == 1 and "cannot be read" in result.err and str(copy) in result.err
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [

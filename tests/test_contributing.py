@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md tells people to write works as it stands there."""
+"""What CONTRIBUTING.md tells people to write works as it stands there (slow)."""
 
 import os
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SMALL, read_jsonl
+
+pytestmark = pytest.mark.slow
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 

@@ -61,7 +61,7 @@ def check(words: Sequence[str]) -> None:
         name = key.partition("@")[0]
         if name in TOP and word.partition("=")[2] in ("", "null"):
             options = ", ".join(option_names(name))
-            raise ConfigError(f"{name} must be chosen.", where=word, why="a run needs one", todo=f"{name}={options}")
+            raise ConfigError(f"{name} must be given.", where=word, why="a run needs one", todo=f"{name}={options}")
         if name not in known:
             raise unknown_key(name, known)
 

@@ -1,7 +1,6 @@
 """Training state on disk: weights and optimizer as safetensors, the rest as JSON; no pickle."""
 
-import json
-import shutil
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spin_reg import durable
+from spin_reg.errors import NonFiniteError
 from spin_reg.fingerprint import file_sha256
 
-STATE = "state.json"
+STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
+log = logging.getLogger(__name__)
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -27,54 +28,71 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]
     return tensors, numbers
 
 
-def write(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, rows: list[dict[str, Any]]
-) -> None:
-    """Publish the state after `step` as folder/checkpoint-STEP, then drop the older ones."""
-    name = f"checkpoint-{step:09d}"
-    temporary = folder / f"{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
+    """Publish the state after as many steps as there are metrics rows, then drop the older ones.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; the older checkpoint stays.
+    """
+    refuse_nonfinite(model, f"step {len(rows)}")
+    name = f"checkpoint-{len(rows):09d}"
+    target, temporary = folder / name, folder / f"{name}.tmp"
+    if target.exists():
+        return  # equal steps make equal states
+    durable.remove(temporary)
+    durable.make_folder(temporary)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     tensors, numbers = _flatten(optimizer.state_dict())
     hashes = {}
-    for file, content in (("model.safetensors", weights), ("optimizer.safetensors", tensors)):
+    for file, content in ((MODEL, weights), (OPTIMIZER, tensors)):
         durable.write_bytes(temporary / file, save(content))
         hashes[file] = file_sha256(temporary / file)
-    state = {"step": step, "numbers": numbers, "rows": rows, "sha256": hashes}
-    durable.write_json(temporary / STATE, state)
+    durable.write_record(temporary / STATE, {"numbers": numbers, "rows": rows, "sha256": hashes})
     older = sorted(folder.glob("checkpoint-?????????"))
-    durable.rename_folder(temporary, folder / name)
+    durable.rename_folder(temporary, target)
     for path in older:
-        shutil.rmtree(path)
+        durable.remove(path)
 
 
-def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
-    """Restore the newest state that verifies; (0, []) where there is none.
+def refuse_nonfinite(model: nn.Module, where: str) -> None:
+    """Raise NonFiniteError if a weight is NaN or infinite."""
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise NonFiniteError(
+                "A weight is not a finite number.",
+                where=f"{where}, parameter {name}",
+                why="the last update spoilt the policy, so it is not kept",
+                todo="lower schedule.learning_rate, or use hardware.precision=fp32",
+            )
 
-    A checkpoint is a cache of work: one that does not verify is passed over, and its steps are done again.
+
+def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Restore the newest state that verifies and return its metrics, a row a step; none where there is no such state.
+
+    A checkpoint is a cache of work: one that does not verify is named in the log, and its steps are done again.
     """
     for path in sorted(folder.glob("checkpoint-?????????"), reverse=True):
         try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            whole = all(file_sha256(path / file) == sha for file, sha in state["sha256"].items())
-        except (OSError, ValueError, KeyError):
-            whole = False
-        if not whole:
-            shutil.rmtree(path)
-            continue
-        _restore(path, state, model, optimizer)
-        return int(state["step"]), list(state["rows"])
-    return 0, []
+            state = durable.read_record(path / STATE)
+            damaged = [file for file in (MODEL, OPTIMIZER) if file_sha256(path / file) != state["sha256"].get(file)]
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            log.warning("%s is damaged (%s): its steps are done again", path / STATE, error)
+        else:
+            if not damaged:
+                _restore(path, state, model, optimizer)
+                return list(state["rows"])
+            log.warning("%s is damaged: its steps are done again", path / damaged[0])
+        durable.remove(path)
+    return []
 
 
 def _restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    saved = load_file(path / "model.safetensors")
+    saved = load_file(path / MODEL)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(saved[name])
     entries: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(path / "optimizer.safetensors").items(), *state["numbers"].items()]:
+    for key, value in [*load_file(path / OPTIMIZER).items(), *state["numbers"].items()]:
         index, _, name = key.partition(".")
         entries.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -5,12 +5,13 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spin_reg import __version__
+from spin_reg import __version__, stopping
 from spin_reg.errors import ConfigError, SpinRegError, Stopped
 
 USAGE = """\
@@ -45,8 +46,8 @@ def main() -> None:
         code = _dispatch(program, words)
     except SpinRegError as error:
         code = _report(error)
-    except KeyboardInterrupt:
-        code = _report(_stopped())
+    except KeyboardInterrupt:  # before a run listens for signals there is nothing to save
+        code = _report(stopping.stopped())
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
@@ -58,15 +59,6 @@ def main() -> None:
 def _report(error: SpinRegError) -> int:
     print(f"spin-reg: {error}", file=sys.stderr)
     return error.exit_code
-
-
-def _stopped() -> Stopped:
-    return Stopped(
-        "Stopped by a signal.",
-        where="this run",
-        why="nothing finished is lost",
-        todo="run the same command again; it goes on from here",
-    )
 
 
 def _dispatch(program: str, words: list[str]) -> int:
@@ -189,7 +181,9 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     failures: list[SpinRegError] = []
 
     def guarded(cfg: Any) -> None:
-        """One run; its failure is told at once, and in a sweep the other points still run."""
+        """One run; its failure is told at once, and in a sweep the other points still run, unless a signal came."""
+        if any(isinstance(failure, Stopped) for failure in failures):
+            return
         try:
             task(cfg)
         except Exception as error:
@@ -208,7 +202,8 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     finally:
         if shown is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    return failures[0].exit_code if failures else 0
+    codes = [failure.exit_code for failure in failures]
+    return Stopped.exit_code if Stopped.exit_code in codes else next(iter(codes), 0)
 
 
 def _ours(error: Exception, *, traceback_wanted: bool) -> SpinRegError:
@@ -230,39 +225,45 @@ def _planned(cfg: Any, *, only_evaluate: bool = False) -> Any:
 
 
 def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
-    import signal
-
     from hydra.core.hydra_config import HydraConfig
 
     from spin_reg import launch
-    from spin_reg.console import Screen, iterates_table
+    from spin_reg.console import Screen
 
-    planned = _planned(cfg, only_evaluate=only_evaluate)
     screen = Screen()
+    with stopping.listening(), screen.warnings():
+        planned = _planned(cfg, only_evaluate=only_evaluate)
+        stopping.goes_on_by(f"run the same command again, or spin-reg resume {shlex.quote(_short(planned.root))}")
+        if planned.stages and not planned.finished:
+            try:
+                launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))
+            finally:
+                screen.close()
+            planned = replace(planned, made=True)
+        _closing_words(planned, screen)
+
+
+def _closing_words(planned: Any, screen: Any) -> None:
+    """What came out, and how to go on."""
+    from spin_reg.console import iterates_table
+
+    def say(text: str) -> None:
+        screen.console.print(text, markup=False, soft_wrap=True)
+
     if not planned.stages:
-        screen.console.print(f"{planned.root} has no iterate to evaluate.", markup=False, soft_wrap=True)
+        say(f"{planned.root} has no iterate to evaluate.")
         return
-    if planned.finished:
-        screen.console.print(f"{planned.root} is finished: nothing to do.", markup=False, soft_wrap=True)
-    else:
-        signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))
-        finally:
-            screen.close()
+    if not planned.made:
+        say(f"{planned.root} is finished: nothing to do.")
     iterations = planned.config.schedule.iterations
     table = iterates_table(planned.root, iterations)
     if table is not None:
         screen.console.print(table)
     place = _short(planned.root)
-    screen.console.print(f"model    {place}/iterate-{iterations:02d}/model", markup=False, soft_wrap=True)
-    screen.console.print(f"metrics  {place}/metrics.jsonl", markup=False, soft_wrap=True)
-    more = f"spin-reg resume {shlex.quote(place)} schedule.iterations={iterations + 2}"
-    screen.console.print(f"go on    {more}", markup=False, soft_wrap=True)
-
-
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
+    say(f"model    {place}/{newest}/model")
+    say(f"metrics  {place}/metrics.jsonl")
+    say(f"go on    spin-reg resume {shlex.quote(place)} schedule.iterations={iterations + 2}")
 
 
 def _short(path: Path) -> str:

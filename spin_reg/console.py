@@ -1,8 +1,11 @@
 """What a person sees: a live line in a terminal or plain lines when piped, and the table at the end."""
 
 import json
+import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -58,6 +61,17 @@ class Screen:
         self.close()
         self._line(f"{self._title}  {seconds:.1f} s")
 
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Show what is logged as a warning, as one line above the live one."""
+        handler = _Lines(self._line)
+        logger = logging.getLogger("spin_reg")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
     def close(self) -> None:
         """Take the live line down."""
         if self._bar is not None:
@@ -66,6 +80,18 @@ class Screen:
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
+
+
+class _Lines(logging.Handler):
+    """Warnings as lines."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not record.exc_info:  # an error that ends the run is told by the command
+            self._say(f"warning: {record.getMessage()}")
 
 
 def iterates_table(root: Path, iterations: int) -> Table | None:

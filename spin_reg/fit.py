@@ -1,8 +1,9 @@
 """The training loop of both the SFT stage and the game's: optimizer, schedule, clipping, accumulation, checkpoints."""
 
 import math
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin_reg import checkpoint
+from spin_reg import checkpoint, durable, stopping
 from spin_reg.context import Context
-from spin_reg.errors import NonFiniteError
+from spin_reg.errors import NonFiniteError, Stopped
 from spin_reg.fingerprint import order
 from spin_reg.settings import LrScheduler, Optimizer
 
@@ -95,6 +96,7 @@ def fit(
     accelerator: Accelerator,
     out: Path,
     context: Context,
+    before: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> list[dict[str, Any]]:
     """Train the model in place; a call after a kill goes on from the last checkpoint in `out`.
 
@@ -104,46 +106,83 @@ def fit(
         weight: what a step's sums are divided by, given its rows.
         name: a row's id, for error messages.
         prefix: of the metrics' names.
+        before: called with the prepared model where training starts from its beginning.
 
     Returns:
         One metrics row a step.
 
     Raises:
-        NonFiniteError: a loss or a gradient that is NaN or infinite; the last checkpoint stays.
+        NonFiniteError: a loss or a gradient that is NaN or infinite; the state before that step is kept.
+        Stopped: a signal asked for it; every finished step is kept.
     """
     optimizer = _optimizer(model, spec)
     model, optimizer = accelerator.prepare(model, optimizer)
     inner = accelerator.unwrap_model(model)
-    inner.eval()  # no dropout: the loss compares the policy with log-probs that were scored without it
-    if spec.gradient_checkpointing:
-        _checkpointing(inner, "enable")({"use_reentrant": False})
-        for module in inner.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                _train_without_dropout(module)
-    done, metrics = checkpoint.read(out, inner, optimizer.optimizer)
-    for row in metrics:
+    _without_dropout(inner, spec.gradient_checkpointing)
+    scratch = out / durable.SCRATCH
+    scratch = out / durable.SCRATCH
+    state = _State(inner, optimizer, scratch, checkpoint.read(scratch, inner, optimizer.optimizer))
+    for row in state.metrics:
         context.log(row)
-    for step in range(done, len(steps)):
-        rate = spec.learning_rate * lr_factor(spec.lr_scheduler, step, len(steps), spec.warmup_ratio)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
-        sums = _gradients(model, steps[step], loss, weight, name, spec, accelerator, where)
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), spec.max_grad_norm))
-        _refuse_nonfinite(norm, "gradient", where, [name(i) for i in steps[step]])
-        optimizer.step()
-        optimizer.zero_grad()
-        row = {"iteration": spec.iteration, "step": step + 1}
-        row |= {f"{prefix}/{key}": value for key, value in (sums | {"grad_norm": norm, "learning_rate": rate}).items()}
-        metrics.append(row)
-        context.log(row)
-        context.progress(step + 1, len(steps), "step")
-        if (step + 1) % spec.save_every == 0 and step + 1 < len(steps):
-            checkpoint.write(out, inner, optimizer.optimizer, step + 1, metrics)
+    if not state.metrics:
+        before(model)
+    with stopping.saving(state.keep):
+        for step in range(len(state.metrics), len(steps)):
+            rate = spec.learning_rate * lr_factor(spec.lr_scheduler, step, len(steps), spec.warmup_ratio)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
+            try:
+                sums = _gradients(model, steps[step], loss, weight, name, spec, accelerator, where, context.poll)
+                norm = float(accelerator.clip_grad_norm_(model.parameters(), spec.max_grad_norm))
+                _refuse_nonfinite(norm, "gradient", where, [name(i) for i in steps[step]])
+            except (Stopped, NonFiniteError):
+                state.keep()  # the step at hand has changed nothing yet
+                raise
+            values = sums | {"grad_norm": norm, "learning_rate": rate}
+            row = {"iteration": spec.iteration, "step": step + 1}
+            state.update(row | {f"{prefix}/{key}": value for key, value in values.items()})
+            context.log(state.metrics[-1])
+            context.progress(step + 1, len(steps), "step")
+            if (step + 1) % spec.save_every == 0 and step + 1 < len(steps):
+                state.keep()
+    checkpoint.refuse_nonfinite(inner, f"iteration {spec.iteration}, after the last step")
     if spec.gradient_checkpointing:
         _checkpointing(inner, "disable")()
         inner.eval()
-    return metrics
+    return state.metrics
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a step changes; whenever the lock is free, weights, optimizer and metrics are those of one step's end."""
+
+    model: PreTrainedModel
+    optimizer: Any
+    folder: Path
+    metrics: list[dict[str, Any]]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def update(self, row: dict[str, Any]) -> None:
+        with self.lock:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.metrics.append(row)
+
+    def keep(self) -> None:
+        with self.lock:
+            if self.metrics:
+                checkpoint.write(self.folder, self.model, self.optimizer.optimizer, self.metrics)
+
+
+def _without_dropout(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
+    """Eval mode: the loss compares the policy with log-probs that were scored without dropout."""
+    model.eval()
+    if gradient_checkpointing:
+        _checkpointing(model, "enable")({"use_reentrant": False})
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                _train_without_dropout(module)
 
 
 def _gradients(
@@ -155,11 +194,13 @@ def _gradients(
     spec: FitSpec,
     accelerator: Accelerator,
     where: str,
+    poll: Callable[[], None],
 ) -> Metrics:
     """Accumulate a step's gradients over its micro-batches; the step's mean metrics."""
     total: Metrics = {}
     scale = weight(rows)
     for start in range(0, len(rows), spec.micro_batch_size):
+        poll()
         micro = rows[start : start + spec.micro_batch_size]
         summed, metrics = loss(model, micro)
         _refuse_nonfinite(summed.item(), "loss", where, [name(i) for i in micro])
@@ -174,6 +215,6 @@ def _refuse_nonfinite(value: float, what: str, where: str, names: list[str]) -> 
         raise NonFiniteError(
             f"The {what} is {value}.",
             where=f"{where}; rows {', '.join(names)}",
-            why="an update with it would spoil the policy, so none was made; the last checkpoint stands",
+            why="an update with it would spoil the policy, so none was made; the state before this step is kept",
             todo="look at these rows, lower schedule.learning_rate, or use hardware.precision=fp32",
         )

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Planned:
-    """A run before anything of it is made: its folder, its stages, and how each stands."""
+    """A run, its folder, its stages, and how each stood when it was planned; `made`: since then, what was missing."""
 
     config: Config
     root: Path
@@ -42,6 +42,7 @@ class Planned:
     sources: Sources
     stages: list[Stage]
     states: list[State]
+    made: bool = False
 
     @property
     def finished(self) -> bool:
@@ -87,11 +88,12 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     for stage, state in zip(planned.stages, planned.states, strict=True):
         if state.status is Status.stale:
             raise runner.refused(root, stage, state)
-    _environment(settings)
     if not root.exists():
+        _environment(settings)
         _check_data(planned)
     durable.make_folder(root)
-    with rundir.owned(root):
+    with rundir.owned(root):  # before anything slow: who comes second is told at once
+        _environment(settings)
         saved = _saved(root)
         if saved is not None:  # another process may have made it since we looked
             _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
@@ -211,7 +213,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),
     }
-    durable.write_json(path, value)
+    durable.write_record(path, value)
     durable.write_bytes(planned.root / "config.yaml", config.as_yaml(settings).encode())
 
 

@@ -2,33 +2,61 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from spin_reg import durable
 from spin_reg.errors import DamagedError, RunBusy
-from spin_reg.fingerprint import file_sha256, plain
+from spin_reg.fingerprint import digest, file_sha256, plain
 from spin_reg.plan import Stage
 
 MANIFEST, RUN, STAGES = "stage.json", "run.json", ".stages"
+MARKER = f"{durable.SCRATCH}/fingerprint"
+WEIGHTS = "*.safetensors"
+SMALL = 1 << 16  # bytes; files up to this size are hashed whenever a stage is looked at, larger ones when used
 Manifest = dict[str, Any]
 
 
 def manifest(folder: Path) -> Manifest | None:
-    """A finished stage's manifest; None where the stage is not there."""
+    """A finished stage's manifest; None where the stage is not there.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
     path = folder / MANIFEST
     if not path.exists():
         return None
     try:
-        found: Manifest = json.loads(path.read_text(encoding="utf-8"))
-        return found if found["files"] is not None else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(path, f"it is not a manifest ({error})") from error
+        found = durable.read_record(path)
+        missing = {"fingerprint", "version", "spec", "needs", "inputs", "files", "content", "removed"} - set(found)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if not all(map(_inside, found["files"])):
+            raise ValueError("it names files outside its folder")
+    except (ValueError, TypeError, OSError) as error:
+        raise damaged(path, str(error)) from error
+    return found
+
+
+def readable(folder: Path) -> Manifest | None:
+    """`manifest`, and None too where it is damaged: that is told where the stage itself is looked at."""
+    try:
+        return manifest(folder)
+    except DamagedError:
+        return None
+
+
+def _inside(name: str) -> bool:
+    """Whether a manifest's file name stays below its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
 
 
 def provenance(root: Path) -> dict[str, Any] | None:
@@ -41,10 +69,10 @@ def provenance(root: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"created", "overrides", "settings", "sources", "versions", "iterations", "cwd"} - set(found)
-    except (ValueError, TypeError) as error:
-        raise damaged_run(path, f"it is not JSON ({error})") from error
+        found = durable.read_record(path)
+    except (ValueError, TypeError, OSError) as error:
+        raise damaged_run(path, str(error)) from error
+    missing = {"created", "overrides", "settings", "sources", "versions", "iterations", "cwd"} - set(found)
     if missing:
         raise damaged_run(path, f"it lacks {', '.join(sorted(missing))}")
     return found
@@ -58,13 +86,13 @@ def damaged_run(path: Path, why: str) -> DamagedError:
 
 def damaged(path: Path, why: str) -> DamagedError:
     """The error that names a damaged file of a finished stage."""
-    todo = f"delete {path.parent} and run the same command: the stage is made again"
+    todo = f"put it back from a copy, or delete {path.parent} and run the same command: the stage is made again"
     return DamagedError("A file of a finished stage is damaged.", where=str(path), why=why, todo=todo)
 
 
 def check_sizes(folder: Path, found: Manifest) -> None:
     """Every file of the manifest is there with its size (quick; says nothing of the content)."""
-    for name, entry in found["files"].items():
+    for name, entry in _kept(found):
         path = folder / name
         if not path.is_file():
             raise damaged(path, "it is missing")
@@ -72,103 +100,186 @@ def check_sizes(folder: Path, found: Manifest) -> None:
             raise damaged(path, f"it has {path.stat().st_size} bytes, not {entry['size']}")
 
 
-def check_hashes(folder: Path, found: Manifest) -> None:
-    """Every file of the manifest has its SHA-256."""
+def check_quickly(folder: Path, found: Manifest) -> None:
+    """`check_sizes`, and the content of the files that are small."""
     check_sizes(folder, found)
-    for name, entry in found["files"].items():
+    _check_content(folder, [(name, entry) for name, entry in _kept(found) if entry["size"] <= SMALL])
+
+
+def check_hashes(folder: Path, found: Manifest) -> None:
+    """Every file of the manifest has its size and its SHA-256."""
+    check_sizes(folder, found)
+    _check_content(folder, _kept(found))
+
+
+def _check_content(folder: Path, entries: list[tuple[str, Any]]) -> None:
+    for name, entry in entries:
         if file_sha256(folder / name) != entry["sha256"]:
             raise damaged(folder / name, "its content is not what was written")
 
 
-def begin(root: Path, stage: Stage) -> Path:
-    """The folder to make the stage in; what an interrupted call left there stays if it was for the same stage."""
+def _kept(found: Manifest) -> list[tuple[str, Any]]:
+    return [(name, entry) for name, entry in found["files"].items() if name not in found["removed"]]
+
+
+def read(folder: Path, name: str) -> bytes | None:
+    """A small file of a finished stage, checked; None where the stage is not made or has no such file.
+
+    Raises:
+        DamagedError: its content is not what was written.
+    """
+    found = manifest(folder)
+    if found is None or name not in found["files"]:
+        return None
+    if not (folder / name).is_file():
+        raise damaged(folder / name, "it is missing")
+    content = (folder / name).read_bytes()
+    if sha256(content).hexdigest() != found["files"][name]["sha256"]:
+        raise damaged(folder / name, "its content is not what was written")
+    return content
+
+
+def begin(root: Path, stage: Stage) -> tuple[Path, bool]:
+    """The folder to make the stage in, and whether all is made there and only the last rename is missing.
+
+    What an interrupted call left stays if it was for the same stage.
+    """
     work = root / f"{stage.folder}.tmp"
-    marker = work / ".fingerprint"
-    if not marker.exists() or marker.read_text(encoding="utf-8") != stage.fingerprint:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    try:
+        sealed = manifest(work)
+        if sealed is not None and sealed["fingerprint"] == stage.fingerprint:
+            check_hashes(work, sealed)
+            return work, True
+    except DamagedError:
+        durable.remove(work)
+    marker = work / MARKER
+    if not marker.exists() or marker.read_bytes() != stage.fingerprint.encode():
+        durable.remove(work)
+        durable.make_folder(marker.parent)
         durable.write_bytes(marker, stage.fingerprint.encode())
-    return work
+    return work, False
 
 
-def commit(root: Path, stage: Stage, work: Path) -> None:
-    """Publish a stage: what it left behind is cleared, the manifest with checksums is written last, then the rename."""
-    (work / ".fingerprint").unlink()
-    for path in work.glob("checkpoint-*"):
-        shutil.rmtree(path)
+def seal(stage: Stage, work: Path, inputs: Mapping[str, str]) -> None:
+    """Write the manifest, with checksums, over what a stage has made.
+
+    Args:
+        inputs: the content of each need, as its own manifest gives it.
+    """
     files = {}
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
-        path.chmod(0o444)
-        files[str(path.relative_to(work))] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        name = path.relative_to(work)
+        if not any(part.startswith(".") for part in name.parts) and name.name != MANIFEST:
+            path.chmod(0o444)
+            files[name.as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     needs = {role: need.fingerprint for role, need in stage.needs.items()}
     value = {"name": stage.name, "kind": stage.kind, "version": stage.spec.version, "fingerprint": stage.fingerprint}
-    durable.write_json(work / MANIFEST, value | {"spec": plain(stage.spec), "needs": needs, "files": files})
-    (work / MANIFEST).chmod(0o444)
-    shutil.rmtree(root / stage.folder, ignore_errors=True)  # there only where a stage is made anew
-    durable.rename_folder(work, root / stage.folder)
+    value |= {"spec": plain(stage.spec), "needs": needs, "inputs": dict(inputs)}
+    durable.write_record(work / MANIFEST, value | {"files": files, "content": digest(files), "removed": []})
+
+
+def publish(root: Path, stage: Stage, work: Path) -> None:
+    """Give a sealed stage its place; what it left for an interrupted call is cleared."""
+    target = root / stage.folder
+    durable.remove(work / durable.SCRATCH)
+    if target.is_dir() and any(path.is_dir() for path in target.iterdir()):  # other stages lie below: leave them
+        for path in sorted(work.iterdir(), key=lambda p: p.name == MANIFEST):
+            durable.replace_file(path, target / path.name)
+        durable.remove(work)
+    else:
+        durable.remove(target)  # there only where a stage is made anew
+        durable.rename_folder(work, target)
 
 
 def remember(outputs: Path, root: Path, stage: Stage) -> None:
     """Note in `outputs/.stages` where this finished stage lies."""
-    index = outputs / STAGES
-    index.mkdir(exist_ok=True)
-    path = index / stage.fingerprint
+    path = outputs / STAGES / stage.fingerprint
+    durable.make_folder(path.parent)
     line = str((root / stage.folder).relative_to(outputs))
     known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if line not in known:
         durable.write_bytes(path, "\n".join([*known, line, ""]).encode())
 
 
-def elsewhere(outputs: Path, stage: Stage) -> Path | None:
-    """A whole copy of this stage in another run; damaged or deleted ones are passed over."""
+def elsewhere(outputs: Path, stage: Stage, inputs: Mapping[str, str | None]) -> list[Path]:
+    """Other runs' folders of this stage, made from the same inputs; sizes are looked at, contents are not."""
     path = outputs / STAGES / stage.fingerprint
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        folder = outputs / line
-        try:
-            found = manifest(folder)
-            if found is not None and found["fingerprint"] == stage.fingerprint:
-                check_hashes(folder, found)
-                return folder
-        except DamagedError:
-            continue
-    return None
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [outputs / line for line in lines if _inside(line) and _usable(outputs / line, stage, inputs)]
+
+
+def _usable(folder: Path, stage: Stage, inputs: Mapping[str, str | None]) -> bool:
+    try:
+        found = manifest(folder)
+        if found is None or found["fingerprint"] != stage.fingerprint or found["removed"]:
+            return False
+        check_sizes(folder, found)
+    except DamagedError:
+        return False
+    return all(content in (None, found["inputs"].get(role)) for role, content in inputs.items())
 
 
 def adopt(root: Path, stage: Stage, folder: Path) -> None:
-    """Publish a stage of another run here: hard links, or copies across disks."""
-    work = root / f"{stage.folder}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
+    """Publish a stage of another run here: hard links, or copies across disks.
+
+    Raises:
+        DamagedError: its content is not what was written.
+    """
+    work, found = root / f"{stage.folder}.tmp", manifest(folder)
+    assert found is not None
+    check_hashes(folder, found)
+    durable.remove(work)
+    for name in [*found["files"], MANIFEST]:
+        durable.link(folder / name, work / name)
+    publish(root, stage, work)
+
+
+def drop_weights(folder: Path) -> None:
+    """Remove a model's weights and leave the record of them; what needs them later makes them again."""
     found = manifest(folder)
     assert found is not None
-    for name in [*found["files"], MANIFEST]:
-        target = work / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(folder / name, target)
-        except OSError:  # another disk, or one without links
-            shutil.copy2(folder / name, target)
-    durable.rename_folder(work, root / stage.folder)
+    names = sorted(name for name in found["files"] if PurePosixPath(name).match(WEIGHTS))
+    if found["removed"] != names:
+        durable.write_record(folder / MANIFEST, found | {"removed": names})
+    for name in names:
+        durable.remove(folder / name)
 
 
 @contextmanager
 def owned(root: Path) -> Iterator[None]:
-    """Hold the run folder against other processes.
+    """Hold the run folder against other processes. The system frees it when its owner ends, however it ends.
 
     Raises:
-        RunBusy: another process holds it.
+        RunBusy: another process holds it; host, process id and age are named.
     """
     lock, owner = FileLock(root / ".lock"), root / ".owner.json"
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+        todo = "wait for it, or stop it; then run the same command"
         raise RunBusy(
-            "Another process is working on this run.", where=str(root), why=f"its owner: {who}", todo="wait, or stop it"
+            "Another process is working on this run.", where=str(root), why=_owner(owner), todo=todo
         ) from error
     try:
-        host = os.uname().nodename
-        durable.write_bytes(owner, json.dumps({"host": host, "pid": os.getpid()}).encode())
+        value = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+        durable.write_bytes(owner, json.dumps(value).encode())
+        durable.tidy(root)
         yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _owner(path: Path) -> str:
+    """Who holds a run, in words."""
+    try:
+        who = json.loads(path.read_bytes())
+        return f"it runs on host {who['host']}, pid {who['pid']}, for {_age(time.time() - who['since'])}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its owner has only just begun"
+
+
+def _age(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -4,15 +4,15 @@ what was made otherwise."""
 import importlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_reg import durable, rundir
+from spin_reg import durable, rundir, stopping
 from spin_reg.context import Context
-from spin_reg.errors import ConfigError
+from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
 
@@ -59,28 +59,56 @@ class Sink(Protocol):
 
 
 def state_of(root: Path, outputs: Path, stage: Stage) -> State:
-    """Done, to do, to be adopted from another run, or made with other settings."""
-    found = rundir.manifest(root / stage.folder)
+    """Done, to do, to be adopted from another run, or made otherwise than now planned.
+
+    Raises:
+        DamagedError: a file of weights that are there is damaged; what can be made again is to do instead.
+    """
+    folder = root / stage.folder
+    try:
+        found = rundir.manifest(folder)
+        if found is not None:
+            rundir.check_quickly(folder, found)
+    except DamagedError as damage:
+        if stage.spec.precious:
+            raise
+        return State(Status.todo, f"{damage.where} is damaged ({damage.why}), so it is made again")
     if found is None:
-        lies = rundir.elsewhere(outputs, stage)
-        if lies is not None:
-            return State(Status.reuse, f"the same stage lies in {lies.relative_to(outputs)}")
+        copies = rundir.elsewhere(outputs, stage, contents(root, stage))
+        if copies:
+            return State(Status.reuse, f"the same stage lies in {copies[0].relative_to(outputs)}")
         begun = (root / f"{stage.folder}.tmp").exists()
         return State(Status.todo, "begun, goes on" if begun else "not made yet")
-    rundir.check_sizes(root / stage.folder, found)
-    if found["fingerprint"] == stage.fingerprint:
-        return State(Status.done, "made")
-    status = Status.todo if getattr(stage.spec, "remade", False) else Status.stale
-    return State(status, difference(found, stage))
+    reason = difference(root, found, stage)
+    if not reason:
+        return State(Status.done, "made; its weights were removed" if found["removed"] else "made")
+    return State(Status.todo if stage.spec.remade else Status.stale, reason)
 
 
-def difference(found: rundir.Manifest, stage: Stage) -> str:
-    """What a finished stage was made with that the plan has otherwise, for people."""
-    lines = _changes(found["spec"], plain(stage.spec))
+def contents(root: Path, stage: Stage) -> dict[str, str | None]:
+    """What each input of a stage holds (the digest in its manifest); None where it is not made, or damaged."""
+    found: dict[str, str | None] = {}
+    for role, need in stage.needs.items():
+        made = rundir.readable(root / need.folder)
+        found[role] = None if made is None else made["content"]
+    return found
+
+
+def difference(root: Path, found: rundir.Manifest, stage: Stage) -> str:
+    """What a finished stage was made with that the plan or its inputs have otherwise, for people; empty if nothing."""
+    lines = [] if found["fingerprint"] == stage.fingerprint else _changes(found["spec"], plain(stage.spec))
     if found["version"] != stage.spec.version:
         lines.append(f"stage version: {found['version']} -> {stage.spec.version}")
     now = {role: need.fingerprint for role, need in stage.needs.items()}
     lines += [f"its input {role} has changed" for role in now if found["needs"].get(role) != now[role]]
+    if not lines and found["fingerprint"] == stage.fingerprint:
+        was = found["inputs"]
+        lines = [
+            f"its input {role} was made again and is not what it was"
+            for role, content in contents(root, stage).items()
+            if content not in (None, was.get(role))
+        ]
+        return "; ".join(lines)
     return "; ".join(lines) or "its inputs have changed"
 
 
@@ -100,40 +128,114 @@ def run_all(
     sink: Sink,
     clock: Callable[[], float],
     run: Callable[[Stage, dict[str, Path], Path, Context], None] | None = None,
+    unneeded: Callable[[Collection[str]], Sequence[Stage]] = lambda pending: (),
 ) -> None:
     """Bring every stage into being, in order; `metrics.jsonl` grows by what each stage keeps.
 
+    Args:
+        unneeded: given the names of the stages still to be made, those whose weights may go.
+
     Raises:
-        ConfigError: a stage's folder was made with other settings.
+        ConfigError: a stage's folder was made with other settings. DamagedError: a source is damaged, or a stage that
+        had to be made again came out otherwise. Stopped: a signal asked for it.
     """
+    durable.tidy(root)
+    maker = _Maker(stages, root, listener, clock, run or run_stage)
     kept = {stage.name: stage_rows(root, stage) for stage in stages}
     sent = 0
-    checked: set[str] = set()
     for index, stage in enumerate(stages, start=1):
+        stopping.poll()
         state = state_of(root, outputs, stage)
         if state.status is Status.stale:
             raise refused(root, stage, state)
         listener.stage(index, len(stages), stage, state)
         log.info("%s: %s (%s)", stage.name, state.status, state.reason)
-        if state.status is Status.reuse:
-            lies = rundir.elsewhere(outputs, stage)
-            assert lies is not None
-            rundir.adopt(root, stage, lies)
-        elif state.status is Status.todo:
-            began = clock()
-            _verify(root, stage, checked)
-            context = Context(listener.progress, _live(sink, sent))
-            work = rundir.begin(root, stage)
-            (run or run_stage)(stage, {role: root / need.folder for role, need in stage.needs.items()}, work, context)
-            rundir.commit(root, stage, work)
-            listener.finished(stage, clock() - began)
+        adopted = state.status is Status.reuse and _adopted(root, outputs, stage)
         if state.status is not Status.done:
+            if not adopted:
+                maker.make(stage, Context(listener.progress, _live(sink, sent), stopping.poll))
             rundir.remember(outputs, root, stage)
         kept[stage.name] = stage_rows(root, stage)
         for row in kept[stage.name]:  # a sink ignores what it has
             sink.log(sent, row)
             sent += 1
         _publish(root / METRICS, [row for rows in kept.values() for row in rows])
+        for done in unneeded({s.name for s in stages if not (root / s.folder / rundir.MANIFEST).exists()}):
+            rundir.drop_weights(root / done.folder)
+
+
+def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:
+    """Take the stage over from another run; False where every copy turns out to be damaged."""
+    for lies in rundir.elsewhere(outputs, stage, contents(root, stage)):
+        try:
+            rundir.adopt(root, stage, lies)
+            return True
+        except DamagedError as damage:
+            log.warning("%s is not taken over: %s (%s)", lies, damage.where, damage.why)
+    return False
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes stages, and makes again what a stage needs and is damaged or was removed."""
+
+    stages: list[Stage]
+    root: Path
+    listener: Listener
+    clock: Callable[[], float]
+    run: Callable[[Stage, dict[str, Path], Path, Context], None]
+    checked: set[str] = field(default_factory=set)
+
+    def make(self, stage: Stage, context: Context) -> None:
+        """Run a stage, or only finish it where a kill came just before its folder was renamed."""
+        began = self.clock()
+        for need in stage.needs.values():
+            self.whole(need)
+        work, sealed = rundir.begin(self.root, stage)
+        if not sealed:
+            self.run(stage, {role: self.root / need.folder for role, need in stage.needs.items()}, work, context)
+            rundir.seal(stage, work, {role: str(c) for role, c in contents(self.root, stage).items()})
+        self._same_as_before(stage, work)
+        rundir.publish(self.root, stage, work)
+        self.listener.finished(stage, self.clock() - began)
+
+    def whole(self, stage: Stage) -> None:
+        """Check the content of an input before it is used, once a process; make it again where that can be done."""
+        if stage.name in self.checked:
+            return
+        folder = self.root / stage.folder
+        try:
+            found = rundir.manifest(folder)
+            assert found is not None
+            rundir.check_hashes(folder, found)
+            why = "its weights were removed, and are needed again" if found["removed"] else ""
+        except DamagedError as damage:
+            if stage.spec.precious:
+                raise
+            why = f"{damage.where} is damaged ({damage.why}), so it is made again"
+        if why:
+            log.warning("%s: %s", stage.name, why)
+            self.listener.stage(self.stages.index(stage) + 1, len(self.stages), stage, State(Status.todo, why))
+            self.make(stage, Context(self.listener.progress, poll=stopping.poll))
+        self.checked.add(stage.name)
+
+    def _same_as_before(self, stage: Stage, work: Path) -> None:
+        """A stage that is made again must hold, to the byte, what finished stages were made from."""
+        made = rundir.manifest(work)
+        assert made is not None
+        for user in self.stages:
+            found = rundir.readable(self.root / user.folder)
+            if found is None or user.spec.remade or found["fingerprint"] != user.fingerprint:
+                continue
+            for role, need in user.needs.items():
+                if need.name == stage.name and found["inputs"].get(role) != made["content"]:
+                    durable.remove(work)
+                    raise DamagedError(
+                        f"{stage.name} was made again and is not what it was.",
+                        where=str(self.root / stage.folder),
+                        why=f"{user.name} was made from the old one; packages, threads or the machine may differ",
+                        todo=f"put the old folder back, or delete {self.root / user.folder} and what was made from it",
+                    )
 
 
 def run_stage(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) -> None:
@@ -151,16 +253,6 @@ def refused(root: Path, stage: Stage, state: State) -> ConfigError:
     )
 
 
-def _verify(root: Path, stage: Stage, checked: set[str]) -> None:
-    """Check the content of every input before it is used, once a process."""
-    for need in stage.needs.values():
-        if need.name not in checked:
-            found = rundir.manifest(root / need.folder)
-            assert found is not None
-            rundir.check_hashes(root / need.folder, found)
-            checked.add(need.name)
-
-
 def _live(sink: Sink, start: int) -> Callable[[dict[str, Any]], None]:
     """A function that sends a running stage's rows on, each with its index."""
     count = iter(range(start, 1 << 62))
@@ -168,19 +260,20 @@ def _live(sink: Sink, start: int) -> Callable[[dict[str, Any]], None]:
 
 
 def stage_rows(root: Path, stage: Stage) -> Rows:
-    """The metrics rows that a finished stage keeps; none where it is not made or keeps none."""
-    folder = root / stage.folder
-    path = folder / METRICS
-    return durable.read_jsonl(path) if (folder / rundir.MANIFEST).exists() and path.exists() else []
+    """The metrics rows that a finished stage keeps; none where it is not made, keeps none or is to be made again."""
+    try:
+        content = rundir.read(root / stage.folder, METRICS)
+    except DamagedError:
+        if stage.spec.precious:
+            raise
+        return []
+    return [] if content is None else [json.loads(line) for line in content.decode().splitlines()]
 
 
 def metrics_whole(root: Path, stages: list[Stage]) -> bool:
     """Whether the run's metrics.jsonl holds exactly what these stages keep."""
     path = root / METRICS
-    try:
-        return durable.read_jsonl(path) == [row for stage in stages for row in stage_rows(root, stage)]
-    except (OSError, ValueError):
-        return False
+    return path.is_file() and path.read_bytes() == durable.jsonl([r for s in stages for r in stage_rows(root, s)])
 
 
 def _publish(path: Path, rows: Rows) -> None:

@@ -4,7 +4,7 @@ The uniform number behind token j of an example's answer depends on (seed, round
 order and batch companions do not change the law of the answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from spin_reg.errors import NonFiniteError
 from spin_reg.fingerprint import seed_of
 from spin_reg.logprobs import takes
 
@@ -40,7 +41,7 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
         temperature: divides the logits. top_p: keep the smallest set of most likely tokens with at least this mass.
 
     Returns:
-        (B,) int64.
+        (B,) int64; -1 where the logits are no distribution (a NaN, or nothing finite).
     """
     p = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
@@ -50,7 +51,17 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
     cumulative = p.double().cumsum(dim=-1)
     target = points.to(cumulative.device).unsqueeze(-1) * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return drawn.clamp(max=logits.shape[-1] - 1)
+    drawn = drawn.clamp(max=logits.shape[-1] - 1)
+    return drawn.masked_fill(~cumulative[:, -1].isfinite(), -1)
+
+
+def _nonfinite(names: Sequence[str], position: int) -> NonFiniteError:
+    return NonFiniteError(
+        "The logits are not finite.",
+        where=f"token {position + 1} of the answers to {', '.join(names)}",
+        why="the policy's weights or its arithmetic are broken; no token can be drawn",
+        todo="look at the training curve of this iterate; try hardware.precision=fp32",
+    )
 
 
 @torch.inference_mode()
@@ -62,12 +73,18 @@ def sample(
     ends: Sequence[int],
     temperature: float,
     top_p: float,
+    names: Sequence[str] = (),
+    poll: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """One answer a prompt.
 
     Args:
         prompts: B rows of token ids. points: (B, N) uniform draws, one a token; N is the longest answer.
         ends: the token ids that end an answer.
+        names: the prompts' ids, for error messages. poll: called at every token.
+
+    Raises:
+        NonFiniteError: a logit is NaN, or none is finite: there is no distribution to draw from.
     """
     device = model.device
     ids, mask = _left_padded(prompts)
@@ -80,6 +97,7 @@ def sample(
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     for j in range(points.shape[1]):
+        poll()
         out = model(
             input_ids=ids,
             attention_mask=mask,
@@ -89,6 +107,9 @@ def sample(
             **({"logits_to_keep": 1} if last else {}),
         )
         drawn = pick(out.logits[:, -1], points[rows, j], temperature=temperature, top_p=top_p)
+        broken = [row for row, token in zip(rows, drawn.tolist(), strict=True) if token < 0]
+        if broken:
+            raise _nonfinite([names[i] if names else str(i) for i in broken], j)
         for b, token in enumerate(drawn.tolist()):
             if open_rows[b]:
                 answers[rows[b]].append(token)

@@ -39,8 +39,20 @@ class Policy:
     layout: tuple[int, ...] | None  # batch sizes, where arithmetic is so coarse that they change results (bf16)
 
 
+class Kept:
+    """How a finished stage is treated.
+
+    Attributes:
+        precious: damaged files are refused by name; those of other stages are made again.
+        remade: other settings or inputs make it anew; for other stages they are refused.
+    """
+
+    precious: ClassVar[bool] = False
+    remade: ClassVar[bool] = False
+
+
 @dataclass(frozen=True)
-class PrepareSpec:
+class PrepareSpec(Kept):
     """Data into token ids, split into train and held-out."""
 
     kind: ClassVar[str] = "prepare"
@@ -53,22 +65,24 @@ class PrepareSpec:
 
 
 @dataclass(frozen=True)
-class BaseSpec:
+class BaseSpec(Kept):
     """Iterate 0 is the base as it is."""
 
     kind: ClassVar[str] = "base"
     version: ClassVar[int] = 1
+    precious: ClassVar[bool] = True
 
     model: Pretrained
     sha256: str
 
 
 @dataclass(frozen=True)
-class SftSpec:
+class SftSpec(Kept):
     """Iterate 0 is fitted to the real answers."""
 
     kind: ClassVar[str] = "sft"
     version: ClassVar[int] = 1
+    precious: ClassVar[bool] = True
 
     model: Model
     sha256: str | None
@@ -80,7 +94,7 @@ class SftSpec:
 
 
 @dataclass(frozen=True)
-class GenerateSpec:
+class GenerateSpec(Kept):
     """Answers of one iterate to the prompts of a split that `draw` deals to it (all of them without a draw)."""
 
     kind: ClassVar[str] = "generate"
@@ -98,7 +112,7 @@ class GenerateSpec:
 
 
 @dataclass(frozen=True)
-class ScoreSpec:
+class ScoreSpec(Kept):
     """Log-probs under iterate k: of a split's real answers, or of answers of iterate `j` (where `draw` deals so)."""
 
     kind: ClassVar[str] = "score"
@@ -113,7 +127,7 @@ class ScoreSpec:
 
 
 @dataclass(frozen=True)
-class PairsSpec:
+class PairsSpec(Kept):
     """Answers and scores joined into the pairs of iteration t; `reference` as `opponents.to_json` writes it."""
 
     kind: ClassVar[str] = "pairs"
@@ -126,11 +140,12 @@ class PairsSpec:
 
 
 @dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(Kept):
     """One iteration's training: iterate t + 1 from iterate t."""
 
     kind: ClassVar[str] = "train"
     version: ClassVar[int] = 1
+    precious: ClassVar[bool] = True
 
     t: int
     learning_rate: float
@@ -150,7 +165,7 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
-class EvaluateSpec:
+class EvaluateSpec(Kept):
     """What is reported of iterate k, from tables alone; `game` is None for the base, which played none."""
 
     kind: ClassVar[str] = "evaluate"

@@ -1,6 +1,8 @@
 """Parquet tables: written durably, read whole, joined by id and never by position."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pyarrow.parquet as pq
 from spin_reg import durable
 from spin_reg.errors import DamagedError
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 IDS = pa.list_(pa.int32())
 
@@ -58,9 +61,13 @@ PAIRS = pa.schema(
 
 def write(path: Path, rows: Sequence[Row], schema: pa.Schema) -> None:
     """Rows as one Parquet file; the same rows make the same bytes."""
+    durable.write_bytes(path, _parquet(rows, schema))
+
+
+def _parquet(rows: Sequence[Row], schema: pa.Schema) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink)
-    durable.write_bytes(path, sink.getvalue().to_pybytes())
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def read(path: Path) -> list[Row]:
@@ -95,21 +102,30 @@ def in_shards(
 ) -> None:
     """Map rows to rows shard by shard into `out/name`; a call after a kill goes on at the first missing shard.
 
-    A shard is published when it is whole. `make` sees one shard only, so what it returns never depends on the others.
+    A shard is published when it is whole, under a name that holds its SHA-256; one that was damaged since is named in
+    the log and made again. `make` sees one shard only, so what it returns never depends on the others.
     """
-    shards = out / "shards"
-    shards.mkdir(exist_ok=True)
-    paths = []
+    shards = out / durable.SCRATCH / "shards"
+    durable.make_folder(shards)
+    made: list[Row] = []
     for start in range(0, len(rows), size):
-        path = shards / f"{start:09d}.parquet"
-        paths.append(path)
-        if not path.exists():
-            write(path, make(rows[start : start + size]), schema)
+        content = _whole_shard(shards, start)
+        if content is None:
+            content = _parquet(make(rows[start : start + size]), schema)
+            durable.write_bytes(shards / f"{start:09d}-{sha256(content).hexdigest()}.parquet", content)
+        made += pq.read_table(pa.BufferReader(content)).to_pylist()
         done(min(start + size, len(rows)), len(rows))
-    write(out / name, [row for path in paths for row in read(path)], schema)
-    for path in paths:
-        path.unlink()
-    shards.rmdir()
+    write(out / name, made, schema)
+
+
+def _whole_shard(shards: Path, start: int) -> bytes | None:
+    for path in shards.glob(f"{start:09d}-*.parquet"):
+        content = path.read_bytes()
+        if path.name == f"{start:09d}-{sha256(content).hexdigest()}.parquet":
+            return content
+        log.warning("%s is damaged: its rows are made again", path)
+        durable.remove(path)
+    return None
 
 
 def in_batches(

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "spin_reg"
 STD = {"__future__"}
-GROUND = {"errors", "fingerprint", "schedules", "opponents", "regularizers", "settings", "specs", "context"}
+GROUND = {"errors", "fingerprint", "schedules", "opponents", "regularizers", "settings", "specs", "context", "stopping"}
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),
     ({"config"}, {"omegaconf", "hydra"}),

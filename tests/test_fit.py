@@ -70,10 +70,10 @@ def test_a_checkpoint_restores_weights_and_optimizer_exactly(kind: type[torch.op
     straight = model()
     optimizer = kind(straight.parameters(), lr=1e-2)  # type: ignore[call-arg]
     steps(straight, optimizer, 3)
-    checkpoint.write(tmp_path, straight, optimizer, 3, [{"step": 3}])
+    checkpoint.write(tmp_path, straight, optimizer, [{"step": i} for i in (1, 2, 3)])
     restored = model()
     other = kind(restored.parameters(), lr=1e-2)  # type: ignore[call-arg]
-    assert checkpoint.read(tmp_path, restored, other) == (3, [{"step": 3}])
+    assert checkpoint.read(tmp_path, restored, other) == [{"step": i} for i in (1, 2, 3)]
     steps(straight, optimizer, 2)
     steps(restored, other, 2)
     for a, b in zip(straight.parameters(), restored.parameters(), strict=True):
@@ -85,11 +85,11 @@ def test_a_damaged_checkpoint_is_never_used(file: str, tmp_path: Path) -> None:
     m = model()
     optimizer = torch.optim.AdamW(m.parameters())
     steps(m, optimizer, 1)
-    checkpoint.write(tmp_path, m, optimizer, 1, [])
+    checkpoint.write(tmp_path, m, optimizer, [{}])
     path = tmp_path / "checkpoint-000000001" / file
     path.write_bytes(path.read_bytes()[:-3])
     fresh = model()
-    assert checkpoint.read(tmp_path, fresh, torch.optim.AdamW(fresh.parameters())) == (0, [])
+    assert checkpoint.read(tmp_path, fresh, torch.optim.AdamW(fresh.parameters())) == []
     for a, b in zip(fresh.parameters(), model().parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -99,7 +99,7 @@ def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(m.parameters())
     for i in (1, 2):
         steps(m, optimizer, 1)
-        checkpoint.write(tmp_path, m, optimizer, i, [])
+        checkpoint.write(tmp_path, m, optimizer, [{}] * i)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000002"]
 
 

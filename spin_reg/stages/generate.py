@@ -36,6 +36,8 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
             ends=loaded.end_ids,
             temperature=spec.generation.temperature,
             top_p=spec.generation.top_p,
+            names=[row["example_id"] for row in some],
+            poll=context.poll,
         )
         return [
             {

@@ -26,6 +26,7 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
 
     @torch.inference_mode()
     def batch(some: Sequence[Row]) -> list[Row]:
+        context.poll()
         block = collate([row["prompt_ids"] for row in some], [row["ids"] for row in some]).to(accelerator.device)
         logprobs = token_logprobs(model, block)
         sums = logprobs.double().sum(dim=-1).tolist()

@@ -62,6 +62,13 @@ class Stage:
         return digest([self.spec.kind, self.spec.version, identity(self.spec), needs])
 
 
+CHECKED = 16  # examples whose log-probs are stored for the self-check alone
+
+
+def _of_first(first: int | None) -> str:
+    return "" if first is None else f"-first-{first}"
+
+
 def plan(config: Config, sources: Sources) -> list[Stage]:
     """All stages of a run in the order they are made."""
     builder = _Builder(config, sources)
@@ -132,6 +139,7 @@ class _Builder:
         c, s = self.config, self.config.schedule
         spec = TrainSpec(
             t=t,
+            window=self._opponent(t).window,
             learning_rate=at(s.learning_rate, t),
             beta=at(s.beta, t),
             epochs=int(at(s.epochs, t)),
@@ -147,8 +155,20 @@ class _Builder:
             hardware=c.hardware,
             save_every=s.save_every,
         )
-        needs = {"pairs": self.pairs(t), "model": self.iterate(t)}
+        pairs = self.pairs(t)
+        needs = {"pairs": pairs, "model": self.iterate(t)} | self._own_scores(t, pairs)
         return self._add(name, spec, needs, folder=f"iterate-{t + 1:02d}/model")
+
+    def _own_scores(self, t: int, pairs: Stage) -> dict[str, Stage]:
+        """Iterate t's own log-probs of what iteration t trains on, for the self-check at its start.
+
+        They are there where the reference is made of them; where it is not (a static base), those of a few rows.
+        """
+        needs = {real_role(t): pairs.needs.get(real_role(t)) or self.real(t, Split.train, first=CHECKED)}
+        for j in self._opponent(t).window:
+            role = generated_role(t, j)
+            needs[role] = pairs.needs.get(role) or self.generated(t, self.answers(j, t), first=CHECKED)
+        return needs
 
     def _draw(self, t: int) -> Draw | None:
         """How the training prompts of iteration t are dealt; None where every iterate of the window answers all."""
@@ -199,12 +219,14 @@ class _Builder:
         """One answer of iterate k to every held-out prompt; `plain`: at temperature 1 and top_p 1 whatever is set."""
         return self._generate(k, Split.heldout, k, None, plain=plain)
 
-    def real(self, k: int, split: Split) -> Stage:
+    def real(self, k: int, split: Split, first: int | None = None) -> Stage:
         """Iterate k's log-probs of the real answers of a split."""
-        spec = ScoreSpec(k=k, split=split, j=None, draw=None, policy=self.policy, hardware=self.config.hardware)
-        return self._add(f"iterate-{k:02d}/scores/{split}-real", spec, {"data": self.data(), "model": self.iterate(k)})
+        c = self.config
+        spec = ScoreSpec(k=k, split=split, j=None, draw=None, first=first, policy=self.policy, hardware=c.hardware)
+        name = f"iterate-{k:02d}/scores/{split}-real" + _of_first(first)
+        return self._add(name, spec, {"data": self.data(), "model": self.iterate(k)})
 
-    def generated(self, k: int, answers: Stage) -> Stage:
+    def generated(self, k: int, answers: Stage, first: int | None = None) -> Stage:
         """Iterate k's log-probs of the answers of another stage.
 
         Under `reuse` an older iterate's answers are scored only where a newer scorer k still trains on them.
@@ -212,10 +234,12 @@ class _Builder:
         made = answers.spec
         assert isinstance(made, GenerateSpec)
         reused = made.split is Split.train and self._opponent(k).pairs is Pairs.reuse and k > made.k
-        draw = self._draw(k) if reused else None
-        spec = ScoreSpec(k=k, split=made.split, j=made.k, draw=draw, policy=self.policy, hardware=self.config.hardware)
+        draw, c = self._draw(k) if reused else None, self.config
+        spec = ScoreSpec(
+            k=k, split=made.split, j=made.k, draw=draw, first=first, policy=self.policy, hardware=c.hardware
+        )
         folder, _, tail = answers.name.partition("/answers/")
-        name = f"iterate-{k:02d}/scores/{tail}-from-{folder.removeprefix('iterate-')}"
+        name = f"iterate-{k:02d}/scores/{tail}-from-{folder.removeprefix('iterate-')}" + _of_first(first)
         return self._add(name, spec, {"data": self.data(), "model": self.iterate(k), "answers": answers})
 
     def _game(self, t: int, split: Split) -> tuple[PairsSpec, dict[str, Stage]]:

@@ -113,7 +113,10 @@ class GenerateSpec(Kept):
 
 @dataclass(frozen=True)
 class ScoreSpec(Kept):
-    """Log-probs under iterate k: of a split's real answers, or of answers of iterate `j` (where `draw` deals so)."""
+    """Log-probs under iterate k: of a split's real answers, or of answers of iterate `j` (where `draw` deals so).
+
+    `first`: only those of the first so many examples.
+    """
 
     kind: ClassVar[str] = "score"
     version: ClassVar[int] = 1
@@ -122,6 +125,7 @@ class ScoreSpec(Kept):
     split: Split
     j: int | None
     draw: Draw | None
+    first: int | None
     policy: Policy
     hardware: Hardware
 
@@ -148,6 +152,7 @@ class TrainSpec(Kept):
     precious: ClassVar[bool] = True
 
     t: int
+    window: tuple[int, ...]
     learning_rate: float
     beta: float
     epochs: int

@@ -14,7 +14,20 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"config"}, {"omegaconf", "hydra"}),
     ({"logprobs", "losses"}, {"torch"}),
     (
-        {"durable", "sources", "tables", "toy", "render", "data", "models", "sampling", "checkpoint", "fit", "join"},
+        {
+            "durable",
+            "sources",
+            "tables",
+            "toy",
+            "render",
+            "data",
+            "models",
+            "sampling",
+            "checkpoint",
+            "fit",
+            "join",
+            "selfcheck",
+        },
         {
             "torch",
             "numpy",

@@ -103,7 +103,7 @@ def test_a_non_finite_loss_stops_at_once_names_rows_and_exits_5(
     assert stage.LOSSES is losses.LOSSES
     result = command("train", *SMALL, f"outputs={tmp_path / 'o'}", "run_name=x")
     assert result.code == NonFiniteError.exit_code == 5
-    assert "iteration 0, step 1 of" in result.err and "train-0000" in result.err
+    assert "iteration 0, before its first step" in result.err and "train-0000" in result.err
     assert (tmp_path / "o/x/iteration-00/pairs.parquet").exists()
     assert not (tmp_path / "o/x/iterate-01/model").exists()
     assert "Traceback" in (tmp_path / "o/x/run.log").read_text()

@@ -100,14 +100,14 @@ def test_at_the_start_of_every_iteration_the_margin_of_every_row_is_zero(train: 
     from spin_reg import models
     from spin_reg.settings import Dtype, Loss
     from spin_reg.specs import Policy
-    from spin_reg.stages.train import pair_loss
+    from spin_reg.stages.train import pair_terms
 
     root = train(*ARMS["none"], "schedule.iterations=3", name="none", outputs=outputs)
     for t in range(3):
         policy = models.load(root / f"iterate-{t:02d}/model", Policy(Dtype.float32, None, None)).model
         for row in pq.read_table(root / f"iteration-{t:02d}/pairs.parquet").to_pylist():
-            _, metrics = pair_loss(policy, [row], Loss(), 1.0, policy.device)
-            assert abs(metrics["margin"]) < 1e-4, row["example_id"]
+            terms = pair_terms(policy, [row], Loss(), 1.0, policy.device)
+            assert abs(terms["margin"].item()) < 1e-4, row["example_id"]
     models.forget()
 
 

@@ -61,7 +61,7 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
 
 def answer_rows(spec: ScoreSpec, inputs: dict[str, Path]) -> list[Row]:
     """The answers to score, as rows with example_id, prompt_ids and the answer's ids."""
-    examples = tables.read(inputs["data"] / f"{spec.split}.parquet")
+    examples = tables.read(inputs["data"] / f"{spec.split}.parquet")[: spec.first]
     if spec.j is None:
         return [{key: row[key] for key in ("example_id", "prompt_ids")} | {"ids": row["real_ids"]} for row in examples]
     path = inputs["answers"] / "answers.parquet"

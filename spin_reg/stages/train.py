@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin_reg import durable, models, tables
+from spin_reg import durable, join, models, selfcheck, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, batches, fit
 from spin_reg.logprobs import collate, sequence_logprobs
 from spin_reg.losses import LOSSES, log_ratio_difference
-from spin_reg.settings import LengthNorm, Loss
-from spin_reg.specs import TrainSpec
+from spin_reg.settings import Dtype, LengthNorm, Loss, Precision
+from spin_reg.specs import TrainSpec, generated_role, real_role
 from spin_reg.tables import Row
+
+METRICS = ("margin", "accuracy", "real_logprob", "generated_logprob")
 
 
 def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
@@ -25,7 +27,9 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
     names = [f"{row['example_id']} {row['sampled_from']}" for row in rows]
 
     def loss(model: PreTrainedModel, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
-        return pair_loss(model, [rows[i] for i in picked], spec.loss, spec.beta, accelerator.device)
+        terms = pair_terms(model, [rows[i] for i in picked], spec.loss, spec.beta, accelerator.device)
+        sums = {key: values.detach().sum().item() for key, values in terms.items()}
+        return terms["loss"].sum(), {key: sums[key] for key in METRICS}
 
     metrics = fit(
         loaded.model,
@@ -49,15 +53,16 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
         accelerator=accelerator,
         out=out,
         context=context,
+        before=lambda model: self_check(model, spec, inputs, rows, out, accelerator.device),
     )
     models.save(loaded, out)
     durable.write_jsonl(out / "metrics.jsonl", metrics)
 
 
-def pair_loss(
+def pair_terms(
     model: PreTrainedModel, rows: Sequence[Row], loss: Loss, beta: float, device: torch.device
-) -> tuple[Tensor, Metrics]:
-    """The sum of the pairs' losses (float64 scalar) and the sums of their metrics."""
+) -> dict[str, Tensor]:
+    """Each pair's loss, margin, accuracy and log-probs of its answers: (B,) float64 each, nats; `loss` has the grad."""
     prompts = [row["prompt_ids"] for row in rows]
     answers = [row["real_ids"] for row in rows] + [row["generated_ids"] for row in rows]
     batch = collate(prompts + prompts, answers).to(device)
@@ -69,10 +74,50 @@ def pair_loss(
     counts = batch.response_mask.sum(dim=-1).chunk(2)
     lengths = (counts[0], counts[1]) if loss.length_norm is LengthNorm.mean else None
     delta = log_ratio_difference(real, generated, reference[0], reference[1], lengths)
-    metrics = {
-        "margin": beta * delta.detach().sum().item(),
-        "accuracy": (delta.detach() > 0).double().sum().item(),
-        "real_logprob": real.detach().sum().item(),
-        "generated_logprob": generated.detach().sum().item(),
+    return {
+        "loss": LOSSES[loss.name](delta, beta),
+        "margin": beta * delta,
+        "accuracy": (delta > 0).double(),
+        "real_logprob": real,
+        "generated_logprob": generated,
     }
-    return LOSSES[loss.name](delta, beta).sum(), metrics
+
+
+def self_check(
+    model: PreTrainedModel,
+    spec: TrainSpec,
+    inputs: dict[str, Path],
+    rows: Sequence[Row],
+    out: Path,
+    device: torch.device,
+) -> None:
+    """Compare the first rows' log-probs and margins with the tables, and keep what was found in selfcheck.json.
+
+    Raises:
+        SelfCheckError: see `selfcheck.compare`.
+    """
+
+    @torch.no_grad()
+    def terms(some: Sequence[Row]) -> dict[str, Tensor]:
+        size = spec.hardware.micro_batch_size
+        parts = [
+            pair_terms(model, some[start : start + size], spec.loss, spec.beta, device)
+            for start in range(0, len(some), size)
+        ]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    stored = selfcheck.chosen(
+        rows,
+        join.scores(inputs[real_role(spec.t)]),
+        {j: join.scores(inputs[generated_role(spec.t, j)]) for j in spec.window},
+    )
+    coarse = spec.policy.dtype is Dtype.bfloat16 or spec.hardware.precision is Precision.bf16
+    found = selfcheck.compare(
+        stored,
+        terms,
+        t=spec.t,
+        beta=spec.beta,
+        length_norm=spec.loss.length_norm is LengthNorm.mean,
+        tolerance=selfcheck.BFLOAT16 if coarse else selfcheck.FLOAT32,
+    )
+    durable.write_json(out / "selfcheck.json", found)

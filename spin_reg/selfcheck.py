@@ -1,0 +1,144 @@
+"""What must hold when an iteration's training begins: the policy in memory is the iterate whose log-probs are on disk.
+
+Before the first update the training forward's log-probs of both answers equal the stored ones of iterate t, and the
+margin is beta * [(log pi_t(y) - log r(y)) - (log pi_t(y') - log r(y'))] from the tables alone: 0, and a logistic loss
+of log 2, where the reference is iterate t (plain SPIN). A wrong model, template, truncation, dropout, position, dtype or
+reference shows here at once, and nowhere else before the results.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from spin_reg.errors import NonFiniteError, SelfCheckError
+from spin_reg.tables import Row
+
+ROWS = 16
+SHOWN = 8  # rows named in one error
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Nats a token: the largest gap of an answer, and (where arithmetic is coarse) the mean of the signed gaps.
+
+    In float32 a log-prob hardly depends on its batch companions. In bfloat16 it does, either way: single answers may be
+    far off, but a mean that is off says that scoring and training do not compute the same thing.
+    """
+
+    largest: float
+    mean: float
+
+
+FLOAT32, BFLOAT16 = Tolerance(1e-5, 1e-5), Tolerance(0.1, 0.02)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A pair and iterate t's stored log-probs of its real and its generated answer."""
+
+    pair: Row
+    real: float
+    generated: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.pair['example_id']} (answer of iterate {self.pair['sampled_from']})"
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return len(self.pair["real_ids"]), len(self.pair["generated_ids"])
+
+
+def chosen(pairs: Sequence[Row], real: Mapping[str, Row], generated: Mapping[int, Mapping[str, Row]]) -> list[Stored]:
+    """The first pairs for which iterate t's log-probs of both answers are stored.
+
+    Args:
+        real: scores of real answers by example_id. generated: of generated ones, by the iterate that gave them.
+    """
+    found: list[Stored] = []
+    for pair in pairs:
+        name, scored = pair["example_id"], generated.get(pair["sampled_from"], {})
+        if name in real and name in scored and len(found) < ROWS:
+            found.append(Stored(pair, float(real[name]["logprob"]), float(scored[name]["logprob"])))
+    return found
+
+
+def compare(
+    stored: Sequence[Stored],
+    terms: Callable[[Sequence[Row]], dict[str, Tensor]],
+    *,
+    t: int,
+    beta: float,
+    length_norm: bool,
+    tolerance: Tolerance,
+) -> dict[str, Any]:
+    """Compare the training forward with the stored log-probs.
+
+    Args:
+        terms: pairs -> {real_logprob, generated_logprob, margin, loss}, each (B,), as training computes them.
+
+    Returns:
+        What was found, for the record: rows, gaps (nats a token), margins and mean loss.
+
+    Raises:
+        SelfCheckError: a gap is over its tolerance, with the rows. NonFiniteError: a number is NaN or infinite.
+    """
+    live = {name: values.tolist() for name, values in terms([s.pair for s in stored]).items()}
+    for name, values in live.items():
+        _refuse_nonfinite(name, values, stored, t)
+    gaps = [
+        ((real - s.real) / s.lengths[0], (generated - s.generated) / s.lengths[1])
+        for s, real, generated in zip(stored, live["real_logprob"], live["generated_logprob"], strict=True)
+    ]
+    expected = [beta * _delta(s, length_norm) for s in stored]
+    wrong = []
+    for s, gap, margin, wanted in zip(stored, gaps, live["margin"], expected, strict=True):
+        room = beta * tolerance.largest * (2 if length_norm else sum(s.lengths))
+        if not (max(map(abs, gap)) <= tolerance.largest and abs(margin - wanted) <= room):  # also where one is NaN
+            wrong.append(
+                f"{s.name}: {gap[0]:+.2g} and {gap[1]:+.2g} nats a token, margin {margin:.4g} for {wanted:.4g}"
+            )
+    mean = math.fsum(g for gap in gaps for g in gap) / (2 * len(gaps))
+    found = {
+        "rows": len(stored),
+        "largest_gap": max(abs(g) for gap in gaps for g in gap),
+        "mean_gap": mean,
+        "margin": math.fsum(live["margin"]) / len(stored),
+        "expected_margin": math.fsum(expected) / len(stored),
+        "loss": math.fsum(live["loss"]) / len(stored),
+        "tolerance": {"largest": tolerance.largest, "mean": tolerance.mean},
+    }
+    if wrong or not abs(mean) <= tolerance.mean:
+        raise SelfCheckError(
+            f"The training forward does not give the stored log-probs of iterate {t}.",
+            where=f"iteration {t}, {len(wrong)} of {len(stored)} rows: " + "; ".join(wrong[:SHOWN]),
+            why=f"allowed: {tolerance.largest:g} nats a token, {tolerance.mean:g} in the mean; the mean is {mean:+.2g}",
+            todo="the model, its packages or a table is not what was scored: look at run.log for versions that differ, "
+            "and begin the run anew under another run_name if they do",
+        )
+    log.info("self-check of iteration %d: %s", t, found)
+    return found
+
+
+def _refuse_nonfinite(name: str, values: Sequence[float], stored: Sequence[Stored], t: int) -> None:
+    rows = [s.name for s, value in zip(stored, values, strict=True) if not math.isfinite(value)]
+    if rows:
+        raise NonFiniteError(
+            f"The {name} is not a finite number.",
+            where=f"iteration {t}, before its first step; rows {', '.join(rows[:SHOWN])}",
+            why="the policy's weights or its arithmetic are broken",
+            todo="look at the training curve of this iterate; try hardware.precision=fp32",
+        )
+
+
+def _delta(s: Stored, length_norm: bool) -> float:
+    """Delta of a pair from the tables alone."""
+    ratios = [s.real - s.pair["reference_real_logprob"], s.generated - s.pair["reference_generated_logprob"]]
+    if length_norm:
+        ratios = [ratio / length for ratio, length in zip(ratios, s.lengths, strict=True)]
+    return float(ratios[0] - ratios[1])

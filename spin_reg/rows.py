@@ -86,12 +86,12 @@ def _parquet(path: Path) -> list[Row]:
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
-        twice = [name for name, count in Counter(table.column_names).items() if count > 1]
-        rows: list[Row] = [] if twice else table.to_pylist()
+        rows: list[Row] = table.to_pylist()
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged file raises any of these
         why = f"it is not readable Parquet: {' '.join(str(error).split())[:200]}"
         raise _unreadable(path, why, "write it anew, or give another dataset.path") from error
-    if twice:
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:  # one of the two is not in the rows
         raise _unreadable(path, f"it has the column {shown(twice[0])} twice", "rename one of them")
     return rows
 

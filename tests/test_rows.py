@@ -198,6 +198,20 @@ def test_a_parquet_file_cut_or_altered_anywhere_is_read_or_refused(tmp_path: Pat
     assert refused > len(whole) / 7
 
 
+@pytest.mark.parametrize("kind", [pa.ArrowNotImplementedError, pa.ArrowKeyError, pa.ArrowTypeError, OSError])
+def test_whatever_pyarrow_raises_is_told(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        raise kind("a reason\nof two lines")
+
+    monkeypatch.setattr(pq, "ParquetFile", broken)
+    with pytest.raises(DataError) as raised:
+        read(tmp_path / "x.parquet")
+    assert "a reason of two lines" in raised.value.why
+    one_line(raised.value)
+
+
 PROMPTS = pa.array(["x", "z"])
 FAR = pa.array([2**62, 0], pa.timestamp("us"))  # outside the years that Python has
 NOT_UTF8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"x", b"\xff"], pa.binary()).buffers())

@@ -11,6 +11,7 @@ from spin_reg.settings import Dataset, Generation, Hub, Jsonl, Model, Pretrained
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 TOKENIZER_FILES = (
     *("tokenizer*", "chat_template*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "tekken.json"),
     *("generation_config.json", "config.json"),  # which tokens end an answer
 )
 TINY_POSITIONS = 4096

@@ -53,7 +53,7 @@ def broken(path: Path, error: Exception) -> SpinRegError:
 def make_folder(path: Path) -> None:
     """Make the folder and its parents where they are not there."""
     with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path, exist_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -148,7 +148,7 @@ def replace_file(source: Path, target: Path) -> None:
 def link(source: Path, target: Path) -> None:
     """The same file under a second name; a copy where the disk has no links, or is another."""
     with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(target.parent, exist_ok=True)
         try:
             os.link(source, target)
         except OSError as error:
@@ -161,7 +161,8 @@ def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there; a folder goes at once, or not at all."""
     with disk_errors(path):
         if not path.is_dir():
-            path.unlink(missing_ok=True)
+            if path.exists():
+                os.unlink(path)
             return
         going = path.with_name(f".{path.name}{REMOVED}")
         shutil.rmtree(going, ignore_errors=True)

@@ -67,6 +67,8 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         if saved["iterations"] > settings.schedule.iterations:  # what was played stays part of the run
             schedule = replace(settings.schedule, iterations=saved["iterations"])
             settings = replace(settings, schedule=schedule)
+    else:
+        sources.check_positions(settings.model, settings.dataset, settings.generation)
     found = _sources(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]

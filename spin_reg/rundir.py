@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,8 +32,15 @@ def manifest(folder: Path) -> Manifest | None:
         DamagedError: it is not what was written.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    try:
+        seen = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    return _manifest(path, seen.st_ino, seen.st_mtime_ns, seen.st_size)
+
+
+@lru_cache(maxsize=4096)  # a plan asks for each manifest once for every stage that needs it
+def _manifest(path: Path, *stamp: int) -> Manifest:
     try:
         found = durable.read_record(path)
         missing = {"fingerprint", "version", "spec", "needs", "inputs", "files", "content", "removed"} - set(found)
@@ -194,10 +202,10 @@ def publish(root: Path, stage: Stage, work: Path) -> None:
 def remember(outputs: Path, root: Path, stage: Stage) -> None:
     """Note in `outputs/.stages` where this finished stage lies."""
     path = outputs / STAGES / stage.fingerprint
-    durable.make_folder(path.parent)
     line = str((root / stage.folder).relative_to(outputs))
     known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if line not in known:
+        durable.make_folder(path.parent)
         durable.write_bytes(path, "\n".join([*known, line, ""]).encode())
 
 

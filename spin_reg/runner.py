@@ -4,7 +4,7 @@ what was made otherwise."""
 import importlib
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -128,12 +128,12 @@ def run_all(
     sink: Sink,
     clock: Callable[[], float],
     run: Callable[[Stage, dict[str, Path], Path, Context], None] | None = None,
-    unneeded: Callable[[Collection[str]], Sequence[Stage]] = lambda pending: (),
+    unneeded: Callable[[Sequence[Stage]], Sequence[Stage]] = lambda pending: (),
 ) -> None:
     """Bring every stage into being, in order; `metrics.jsonl` grows by what each stage keeps.
 
     Args:
-        unneeded: given the names of the stages still to be made, those whose weights may go.
+        unneeded: given the stages that are still to be made, those whose weights may go.
 
     Raises:
         ConfigError: a stage's folder was made with other settings. DamagedError: a source is damaged, or a stage that
@@ -151,17 +151,16 @@ def run_all(
         listener.stage(index, len(stages), stage, state)
         log.info("%s: %s (%s)", stage.name, state.status, state.reason)
         adopted = state.status is Status.reuse and _adopted(root, outputs, stage)
-        if state.status is not Status.done:
-            if not adopted:
-                maker.make(stage, Context(listener.progress, _live(sink, sent), stopping.poll))
-            rundir.remember(outputs, root, stage)
+        if state.status is not Status.done and not adopted:
+            maker.make(stage, Context(listener.progress, _live(sink, sent), stopping.poll))
+        rundir.remember(outputs, root, stage)
         kept[stage.name] = stage_rows(root, stage)
         for row in kept[stage.name]:  # a sink ignores what it has
             sink.log(sent, row)
             sent += 1
         _publish(root / METRICS, [row for rows in kept.values() for row in rows])
-        for done in unneeded({s.name for s in stages if not (root / s.folder / rundir.MANIFEST).exists()}):
-            rundir.drop_weights(root / done.folder)
+        for useless in unneeded([s for s in stages[index:] if rundir.readable(root / s.folder) is None]):
+            rundir.drop_weights(root / useless.folder)
 
 
 def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:
@@ -224,18 +223,18 @@ class _Maker:
         made = rundir.manifest(work)
         assert made is not None
         for user in self.stages:
-            found = rundir.readable(self.root / user.folder)
-            if found is None or user.spec.remade or found["fingerprint"] != user.fingerprint:
+            roles = [role for role, need in user.needs.items() if need.name == stage.name]
+            found = rundir.readable(self.root / user.folder) if roles and not user.spec.remade else None
+            if found is None or found["fingerprint"] != user.fingerprint:
                 continue
-            for role, need in user.needs.items():
-                if need.name == stage.name and found["inputs"].get(role) != made["content"]:
-                    durable.remove(work)
-                    raise DamagedError(
-                        f"{stage.name} was made again and is not what it was.",
-                        where=str(self.root / stage.folder),
-                        why=f"{user.name} was made from the old one; packages, threads or the machine may differ",
-                        todo=f"put the old folder back, or delete {self.root / user.folder} and what was made from it",
-                    )
+            if any(found["inputs"].get(role) != made["content"] for role in roles):
+                durable.remove(work)
+                raise DamagedError(
+                    f"{stage.name} was made again and is not what it was.",
+                    where=str(self.root / stage.folder),
+                    why=f"{user.name} was made from the old one; packages, threads or the machine may differ",
+                    todo=f"put the old folder back, or delete {self.root / user.folder} and what was made from it",
+                )
 
 
 def run_stage(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) -> None:

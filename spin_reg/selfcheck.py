@@ -2,8 +2,8 @@
 
 Before the first update the training forward's log-probs of both answers equal the stored ones of iterate t, and the
 margin is beta * [(log pi_t(y) - log r(y)) - (log pi_t(y') - log r(y'))] from the tables alone: 0, and a logistic loss
-of log 2, where the reference is iterate t (plain SPIN). A wrong model, template, truncation, dropout, position, dtype or
-reference shows here at once, and nowhere else before the results.
+of log 2, where the reference is iterate t (plain SPIN). A wrong model, template, truncation, dropout, position, dtype
+or reference shows here at once.
 """
 
 import logging

@@ -119,7 +119,7 @@ class Dataset:
     num_heldout: int = 64
     max_prompt_tokens: int = 512
     max_response_tokens: int = 512
-    max_dropped: float = 0.1
+    max_dropped: float = 0.05
 
     def __post_init__(self) -> None:
         _positive(dataset__num_prompts=self.num_prompts, dataset__max_prompt_tokens=self.max_prompt_tokens)

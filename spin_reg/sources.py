@@ -1,16 +1,20 @@
 """Where models and data come from: local folders and files, or the Hub; resolved and hashed without torch."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from spin_reg.errors import ConfigError, DataError
 from spin_reg.fingerprint import digest, file_sha256
-from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
+from spin_reg.settings import Dataset, Generation, Hub, Jsonl, Model, Pretrained
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 TOKENIZER_FILES = (
     *("tokenizer*", "chat_template*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "tekken.json"),
     *("generation_config.json", "config.json"),  # which tokens end an answer
 )
+TINY_POSITIONS = 4096
 
 
 def model_folder(model: Pretrained) -> Path:
@@ -75,10 +79,58 @@ def tokenizer_sha256(model: Model) -> str:
     return "byte-level tokenizer, 1"
 
 
+def positions(model: Model) -> int | None:
+    """How many tokens a model can read at once, as its config.json says it (with its RoPE scaling); None: no limit."""
+    if not isinstance(model, Pretrained):
+        return TINY_POSITIONS
+    path = model_folder(model) / "config.json"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_bytes())
+        settings = settings.get("text_config") or settings  # of a model that reads pictures too
+        found = settings.get("max_position_embeddings", settings.get("n_positions"))
+        if found is None:
+            return None
+        scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+        scaled = scaling.get("original_max_position_embeddings", found) * (scaling.get("factor") or 1)
+        return max(int(found), int(scaled))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            "The model's config.json cannot be read.",
+            where=str(path),
+            why=" ".join(str(error).split())[:200],
+            todo="put the file back as save_pretrained wrote it",
+        ) from error
+
+
+def check_positions(model: Model, dataset: Dataset, generation: Generation) -> None:
+    """A prompt at its limit with an answer at its limit, real or generated, must fit the model's positions.
+
+    Raises:
+        ConfigError: it does not; learned positions would end in an IndexError, rotary ones in worse and worse text.
+    """
+    room = positions(model)
+    answers = {"dataset.max_response_tokens": dataset.max_response_tokens}
+    answers["generation.max_new_tokens"] = generation.max_new_tokens or dataset.max_response_tokens
+    key = max(answers, key=lambda name: answers[name])
+    needed = dataset.max_prompt_tokens + answers[key]
+    if room is not None and needed > room:
+        raise ConfigError(
+            "A prompt and its answer may not fit the model.",
+            where=f"dataset.max_prompt_tokens={dataset.max_prompt_tokens}, {key}={answers[key]}",
+            why=f"they may have {needed} tokens together, and the model has {room} positions",
+            todo="lower one of these two limits, or choose a model with more positions",
+        )
+
+
 def data_sha256(dataset: Dataset) -> str | None:
     """The identity of the data: a file's content, a Hub data set's commit; None where it is made here."""
     if isinstance(dataset, Jsonl):
         path = Path(dataset.path).expanduser()
+        if path.is_dir():
+            todo = f"give a file in it, or dataset=hub dataset.path={dataset.path} for a folder laid out as on the Hub"
+            raise DataError(
+                "The data file is a folder.", where=str(path), why="dataset=jsonl reads one file", todo=todo
+            )
         if not path.is_file():
             raise DataError(
                 "The data file was not found.", where=str(path), why="no such file", todo="set dataset.path"

@@ -14,20 +14,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"config"}, {"omegaconf", "hydra"}),
     ({"logprobs", "losses"}, {"torch"}),
     (
-        {
-            "durable",
-            "sources",
-            "tables",
-            "toy",
-            "render",
-            "data",
-            "models",
-            "sampling",
-            "checkpoint",
-            "fit",
-            "join",
-            "selfcheck",
-        },
+        {"durable", "sources", "tables", "toy", "render", "rows", "data", "models", "sampling"}
+        | {"checkpoint", "fit", "join", "selfcheck"},
         {
             "torch",
             "numpy",

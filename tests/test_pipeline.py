@@ -1,18 +1,22 @@
 """The runner with stub stages, without torch: killed at every point, refused, adopted, extended, owned."""
 
+import itertools
 import json
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from faults import Counter, Killed, before_calls, inside_calls
 from hydra import compose, initialize_config_dir
 
 from spin_reg import config, durable, overrides, rundir, runner
 from spin_reg.context import Context
-from spin_reg.errors import ConfigError, DamagedError, NoSpace, RunBusy
+from spin_reg.errors import ConfigError, DamagedError, NoSpace, RunBusy, SpinRegError
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.runner import Status
 
@@ -54,10 +58,26 @@ def stub(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) ->
     durable.write_jsonl(work / "metrics.jsonl", [row])
 
 
-def run(plan_: list[Stage], outputs: Path, name: str = "run", *, stage: Callable[..., None] = stub) -> Sink:
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kill of the process leaves does not hang on fsync, and here there are thousands."""
+    monkeypatch.setattr(durable, "sync", lambda path: None)
+
+
+def run(
+    plan_: list[Stage], outputs: Path, name: str = "run", *, stage: Callable[..., None] = stub, until: int | None = None
+) -> Sink:
     root, sink = outputs / name, Sink()
     root.mkdir(parents=True, exist_ok=True)
-    runner.run_all(plan_, root=root, outputs=outputs, listener=Silent(), sink=sink, clock=lambda: 0.0, run=stage)
+
+    class Stop(Silent):
+        def stage(self, index: int, total: int, stage: Stage, state: runner.State) -> None:
+            if until is not None and index > until:
+                raise Reached
+
+    runner.run_all(plan_, root=root, outputs=outputs, listener=Stop(), sink=sink, clock=lambda: 0.0, run=stage)
+    if until is not None:
+        raise Reached
     return sink
 
 
@@ -65,42 +85,72 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-class Killed(BaseException):
-    """Stands for signal 9: nothing may catch it."""
+FAULTY = ("regularizer=fictitious_play", "schedule.iterations=3", "evaluation=none")
 
 
-def test_killed_at_every_durable_write_the_same_call_goes_on_to_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = stages("evaluation=none", "schedule.iterations=1")
-    run(made, tmp_path / "straight")
-    straight = tree(tmp_path / "straight" / "run")
-    calls, die_at = [0], [0]
+def test_cut_at_every_durable_call_the_same_call_goes_on_to_the_same_bytes(memory: Path) -> None:
+    """A kill, a full disk, a broken disk at call k, for every k: then the run is the uninterrupted one."""
+    assert cut_everywhere(before_calls, memory) > 3 * 7 * len(stages(*FAULTY))
 
-    def counted(real: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            calls[0] += 1
-            if calls[0] == die_at[0]:
-                raise Killed
-            real(*args)
 
-        return call
+@pytest.mark.slow
+def test_cut_inside_every_durable_call(memory: Path) -> None:
+    assert cut_everywhere(inside_calls, memory) > 3 * 15 * len(stages(*FAULTY))
 
-    with monkeypatch.context() as patch:
-        for name in ("write_bytes", "rename_folder"):
-            patch.setattr(durable, name, counted(getattr(durable, name)))
-        run(made, tmp_path / "count")
-        total = calls[0]
-        assert total > 4 * len(made)
-        for k in range(1, total + 1):
-            calls[0], die_at[0] = 0, k
-            place = tmp_path / f"cut-{k}"
-            with pytest.raises(Killed):
-                run(made, place)
-            die_at[0] = 0
-            run(made, place)
-            assert tree(place / "run") == straight, f"killed at write {k}"
-            shutil.rmtree(place)
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: thousands of small files are written."""
+    shm = Path("/dev/shm")
+    place = Path(tempfile.mkdtemp(dir=shm if os.access(shm, os.W_OK) else tmp_path))
+    yield place
+    shutil.rmtree(place)
+
+
+class Reached(Exception):
+    """The stage that was cut is whole, and the next one is about to begin."""
+
+
+FAULTS = {"raise": None, "ENOSPC": NoSpace.exit_code, "EIO": SpinRegError.exit_code}  # and the exit code of each
+
+
+def cut_everywhere(injected: Callable[[Counter], Any], place: Path) -> int:
+    """Cut a run at every point; how many there were.
+
+    A call starts from nothing but the disk, so it is enough to cut each stage from the state at its beginning, to let
+    the next call finish that stage, and to compare what is on disk with the uninterrupted run's there. That the
+    uninterrupted run's own states lead to its end is shown first.
+    """
+    made = stages(*FAULTY)
+    run(made, place / "straight")
+    states = [place / f"state-{i}" for i in range(len(made) + 1)]
+    for i, state in enumerate(states):
+        state.mkdir()
+        run(made[:i], state)
+        shutil.copytree(state, place / "end", copy_function=os.link)
+        run(made, place / "end")
+        assert tree(place / "end") == tree(place / "straight")
+        shutil.rmtree(place / "end")
+    points = 0
+    for i in range(len(made)):
+        wanted = tree(states[i + 1])
+        for k, fault in itertools.product(range(1, 1000), FAULTS):
+            cut = place / "cut"
+            shutil.copytree(states[i], cut, copy_function=os.link)
+            try:
+                with injected(Counter(at=k, fault=fault)):
+                    run(made, cut, until=i + 1)
+            except Reached:
+                shutil.rmtree(cut)
+                break
+            except (Killed, SpinRegError) as error:
+                assert getattr(error, "exit_code", None) == FAULTS[fault]
+            with pytest.raises(Reached):
+                run(made, cut, until=i + 1)
+            assert tree(cut) == wanted, f"{fault} at {k} of {made[i].name}"
+            shutil.rmtree(cut)
+            points += 1
+    return points
 
 
 def test_a_finished_run_runs_nothing(tmp_path: Path) -> None:
@@ -213,45 +263,95 @@ def test_a_damaged_stage_elsewhere_is_not_adopted(tmp_path: Path) -> None:
     assert (tmp_path / "b/iterate-00/model/result").read_bytes() != path.read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "manifest"])
-def test_damage_is_named_before_use(damage: str, tmp_path: Path) -> None:
-    made = stages()
-    run(made, tmp_path)
-    folder = tmp_path / "run/iteration-00"
-    path = folder / ("stage.json" if damage == "manifest" else "result")
+def hurt(path: Path, damage: str) -> None:
     path.chmod(0o644)
+    content = bytearray(path.read_bytes())
     if damage == "remove":
         path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-4])
+        return
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "flip" else content[:-4])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+@pytest.mark.parametrize("file", ["result", "stage.json", "metrics.jsonl"])
+def test_what_can_be_made_again_is_named_and_made_again(
+    damage: str, file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = stages()
+    run(made, tmp_path)
+    whole = tree(tmp_path / "run")
+    pairs = next(stage for stage in made if stage.folder == "iteration-00")
+    path = tmp_path / "run/iteration-00" / file
+    hurt(path, damage)
+    if (damage, file) != ("remove", "stage.json"):  # without a manifest the stage is simply not there
+        assert str(path) in runner.state_of(tmp_path / "run", tmp_path / "alone", pairs).reason
+    shutil.rmtree(tmp_path / ".stages")
+    run(made, tmp_path)
+    assert tree(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "flip"])
+@pytest.mark.parametrize("file", ["result", "stage.json", "metrics.jsonl"])
+def test_damaged_weights_are_refused_by_name(damage: str, file: str, tmp_path: Path) -> None:
+    if (damage, file) == ("remove", "stage.json"):
+        return
+    made = stages()
+    run(made, tmp_path)
+    path = tmp_path / "run/iterate-01/model" / file
+    hurt(path, damage)
     with pytest.raises(DamagedError) as found:
         run(made, tmp_path)
     assert str(path) in found.value.where
 
 
-def test_a_full_disk_exits_6_and_the_run_goes_on_when_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import errno
-    import os
+def test_a_flipped_byte_anywhere_in_a_manifest_is_found(tmp_path: Path) -> None:
+    run(stages("schedule.iterations=1"), tmp_path)
+    path = tmp_path / "run/iterate-01/model/stage.json"
+    path.chmod(0o644)
+    content = path.read_bytes()
+    for i in range(0, len(content), 3):
+        for bit in (1, 32):
+            path.write_bytes(content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :])
+            with pytest.raises(DamagedError):
+                rundir.manifest(path.parent)
 
+
+def test_what_is_made_again_must_be_what_later_stages_were_made_from(tmp_path: Path) -> None:
     made = stages()
-    run(made, tmp_path / "straight")
-    calls = [0]
-    real = os.fsync
+    run(made, tmp_path)
+    shutil.rmtree(tmp_path / ".stages")
+    hurt(tmp_path / "run/iteration-00/result", "truncate")
 
-    def full(descriptor: int) -> None:
-        calls[0] += 1
-        if calls[0] == 50:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
+    def otherwise(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) -> None:
+        durable.write_bytes(work / "result", b"another machine rounds otherwise")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(NoSpace) as raised:
-        run(made, tmp_path / "full")
-    assert raised.value.exit_code == 6
-    run(made, tmp_path / "full")
-    assert tree(tmp_path / "full/run") == tree(tmp_path / "straight/run")
+    with pytest.raises(DamagedError, match="iteration-00/pairs was made again and is not what it was"):
+        run(made, tmp_path, stage=otherwise)
+    assert not (tmp_path / "run/iteration-00.tmp").exists()
+
+
+def test_a_stage_of_other_inputs_is_not_taken_over(tmp_path: Path) -> None:
+    """Two runs may hold the same stage in other bits (threads, machines): what is adopted must fit what is here."""
+    run(stages("regularizer=none"), tmp_path, "a")
+
+    def otherwise(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) -> None:
+        stub(stage, inputs, work, context)
+        durable.write_bytes(work / "more", b"x")
+
+    (tmp_path / ".stages").rename(tmp_path / "kept")
+    run(stages("regularizer=none", "schedule.iterations=1")[:1], tmp_path, "b", stage=otherwise)
+    shutil.rmtree(tmp_path / ".stages")
+    (tmp_path / "kept").rename(tmp_path / ".stages")
+    seen: list[str] = []
+
+    def noting(stage: Stage, *args: Any) -> None:
+        seen.append(stage.name)
+        stub(stage, *args)
+
+    run(stages("regularizer=none"), tmp_path, "b", stage=noting)
+    assert "iterate-00/sft" in seen  # its data are not those that run a's base was fitted to
 
 
 def test_metrics_are_the_stages_in_plan_order_and_are_mirrored_by_line(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""What a model folder and a data path say before anything is loaded; no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+
+from spin_reg import sources
+from spin_reg.errors import ConfigError
+from spin_reg.settings import Jsonl, Pretrained, Tiny
+
+GPT2 = {"model_type": "gpt2", "n_positions": 1024, "n_ctx": 1024, "n_embd": 768}
+
+
+def model(folder: Path, config: Any) -> Pretrained:
+    """A folder that passes for a model until its weights are read."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return Pretrained(name_or_path=str(folder))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2, 1024),
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": None}, 2048),
+        ({"max_position_embeddings": 131072, "rope_scaling": LLAMA3}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 4096),
+        ({"text_config": {"max_position_embeddings": 8192}}, 8192),
+        ({"model_type": "bloom"}, None),
+    ],
+    ids=str,
+)
+def test_the_number_of_positions_stands_in_config_json(config: Any, expected: int | None, tmp_path: Path) -> None:
+    assert sources.positions(model(tmp_path, config)) == expected
+
+
+@pytest.mark.parametrize("config", ["{", "[]", "\xff", '{"n_positions": "many"}'])
+def test_a_config_json_that_cannot_be_read_is_named(config: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        sources.positions(model(tmp_path, config))
+    assert str(tmp_path / "config.json") in raised.value.where
+
+
+WORDS = ["tracker=none", "model=pretrained", "dataset=jsonl", "dataset.path=x.jsonl"]
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        (["max_prompt_tokens=513"], "dataset.max_prompt_tokens=513, dataset.max_response_tokens=512"),
+        (["max_response_tokens=513"], "dataset.max_prompt_tokens=512, dataset.max_response_tokens=513"),
+        (["max_new_tokens=513"], "dataset.max_prompt_tokens=512, generation.max_new_tokens=513"),
+    ],
+)
+def test_limits_over_the_models_positions_exit_2_and_leave_nothing(
+    limits: list[str], named: str, verb: str, command: Command, tmp_path: Path
+) -> None:
+    folder = model(tmp_path / "base", GPT2)
+    (key,) = (f"generation.{word}" if "new" in word else f"dataset.{word}" for word in limits)
+    result = command(verb, *WORDS, f"model.name_or_path={folder.name_or_path}", key, f"outputs={tmp_path / 'o'}")
+    assert result.code == 2, result.err
+    lines = result.err.splitlines()
+    assert len(lines) == 4 and named in lines[1] and "1025 tokens" in lines[2] and "1024 positions" in lines[2]
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_limits_that_just_fit_pass_and_the_tiny_model_has_its_own(tmp_path: Path) -> None:
+    from spin_reg.settings import Generation
+
+    fits = Jsonl(path="x", max_prompt_tokens=512, max_response_tokens=512)
+    sources.check_positions(model(tmp_path, GPT2), fits, Generation(max_new_tokens=256))
+    sources.check_positions(model(tmp_path, {}), Jsonl(path="x", max_prompt_tokens=10**6), Generation())
+    sources.check_positions(Tiny(), fits, Generation(max_new_tokens=3584))
+    with pytest.raises(ConfigError, match="may not fit"):
+        sources.check_positions(Tiny(), fits, Generation(max_new_tokens=3585))

@@ -25,7 +25,6 @@ def run(spec: EvaluateSpec, inputs: dict[str, Path], out: Path, context: Context
     row = {"iterate": spec.k, **position(inputs["model"]), **values}
     durable.write_jsonl(out / "metrics.jsonl", [row])
     durable.write_json(out / "samples.json", samples(spec, inputs))
-    context.log(row)
 
 
 def position(model: Path) -> dict[str, int]:

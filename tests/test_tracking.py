@@ -255,9 +255,10 @@ def test_the_next_run_of_a_sweep_is_not_touched_by_a_tracker_that_was_left_behin
         raise OSError("far too late")
 
     first, second = Fake("log", wait_and_fail), Fake()
+    before = set(threading.enumerate())
     mirrored(monkeypatch, first, tmp_path / "a", 0, patience=0)
+    (left,) = set(threading.enumerate()) - before
     mirrored(monkeypatch, second, tmp_path / "b", 0, 1)
-    left = next(thread for thread in threading.enumerate() if thread.name == "tracker")
     gate.set()
     left.join()
     assert second.rows == [0, 1] and second.codes == [0]
@@ -294,12 +295,14 @@ def test_a_process_ends_though_its_tracker_and_its_hooks_hang(tmp_path: Path) ->
     code = (
         "import atexit, threading\nfrom pathlib import Path\nfrom spin_reg import tracking\n"
         "from spin_reg.settings import Tracker\nforever = threading.Event()\natexit.register(forever.wait)\n"
-        "tracking._load = print\ntracking._open = lambda *args: forever.wait()\n"
+        "tracking._load = bool\ntracking._open = lambda *args: forever.wait()\n"
         "with tracking.mirror(Path(), Tracker('tensorboard', 0), {}):\n    print('worked')\n"
         "tracking.leave(7)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=75)
-    assert done.returncode == 7 and "worked" in done.stdout and "did not finish" in done.stderr
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=75, env=env)
+    assert done.returncode == 7 and done.stdout == "worked\n" and "did not finish" in done.stderr
 
 
 @pytest.mark.slow
@@ -371,6 +374,12 @@ def test_a_damaged_wandb_json_is_made_anew(content: str, tmp_path: Path, caplog:
     caplog.clear()
     assert tracking.wandb_id(tmp_path) == made == json.loads((tmp_path / "wandb.json").read_text())["id"]
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_patience_is_checked(seconds: float) -> None:
+    with pytest.raises(ValueError, match="tracker.patience="):
+        Wandb(patience=seconds)
 
 
 def test_the_first_id_is_made_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

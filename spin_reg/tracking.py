@@ -67,7 +67,7 @@ class Background:
     def __init__(self, opening: Callable[[], Mirror], root: Path, patience: float) -> None:
         self._queue: SimpleQueue[tuple[int, dict[str, Any]] | int] = SimpleQueue()  # rows, then the exit code
         self._next, self._patience, self._left = 0, patience, False
-        self._rest = f"metrics.jsonl is whole, `spin-reg sync {shlex.quote(str(root))}` sends the rest"
+        self._rest = f"metrics.jsonl keeps all; `spin-reg sync {shlex.quote(str(root))}` sends the rest"
         self._thread = Thread(target=self._work, args=(opening,), name="tracker", daemon=True)
         _unclosed.add(self)
         self._thread.start()
@@ -94,7 +94,7 @@ class Background:
             _unclosed.discard(self)
         except BaseException as error:  # SystemExit too: a thread would end of it without a word
             if not self._left:  # else its run is over, and the log may be another run's by now
-                log.warning("the tracker failed (%s: %s); %s", type(error).__name__, error, self._rest)
+                log.warning("the tracker failed (%s); %s", _words(error), self._rest)
 
 
 class WandbMirror:
@@ -207,6 +207,11 @@ class AccelerateMirror:
         self._tracker.finish()
 
 
+def _words(error: BaseException) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextmanager
 def mirror(root: Path, tracker: Tracker, settings: dict[str, Any]) -> Iterator[Background | NoMirror]:
     """The tracker of a run, closed with the exit code that the process is about to have."""
@@ -269,7 +274,7 @@ def replay(metrics: Path, tracker: Tracker, settings: dict[str, Any]) -> str:
             opened.log(index, row)
         opened.close(0)
     except Exception as error:
-        why = f"{type(error).__name__}: {error}"
+        why = _words(error)
         todo = "mend it and run the same command again, or give another tracker=..."
         raise SpinRegError("The tracker failed.", where=f"tracker={tracker.name}", why=why, todo=todo) from error
     _unclosed.discard(token)

@@ -156,7 +156,7 @@ class Fake:
 
 
 def refuse() -> None:
-    raise OSError("it is down")
+    raise OSError("it is\n down")
 
 
 def mirrored(monkeypatch: pytest.MonkeyPatch, fake: Fake, root: Path, *indices: int, patience: float = 60.0) -> None:

@@ -6,7 +6,8 @@
 Each round trains the same small run under every tracker, in an order that moves on by one, in this process. `none`
 stands there twice: the second against the first is the noise. Three ratios to `none`: of the medians, the median over
 the same steps of the same rounds, and of the fastest rounds (each step's least time, summed), which a busy machine
-disturbs least.
+disturbs least. Where the noise is larger than what is sought, the processor time that W&B takes for a row here, outside
+any run, is the bound: its thread can hold up the run's for no more than that.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from threading import Event
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -25,6 +26,7 @@ from hydra import compose, initialize_config_dir
 from spin_reg import config, launch, overrides, tracking
 from spin_reg.plan import Stage
 from spin_reg.runner import State
+from spin_reg.settings import Wandb
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
@@ -105,6 +107,19 @@ def timed() -> Iterator[None]:
     setattr(tracking.Background, "log", before)  # noqa: B010
 
 
+def wandb_row(rows: int = 1000) -> float:
+    """Processor time that this process spends on one row for W&B, in seconds."""
+    row = {"iteration": 0, "step": 1} | {f"train/{name}": 0.123456789 for name in "abcdefg"}
+    with TemporaryDirectory() as place:
+        opened = tracking._open(Path(place), Wandb(), {})
+        began = process_time()
+        for index in range(rows):
+            opened.log(index, row)
+        took = process_time() - began
+        opened.close(0)
+    return took / rows
+
+
 def fastest(runs: list[list[float]]) -> float:
     """Each step's least time over the runs, summed, in seconds."""
     return float(sum(min(step) for step in zip(*runs, strict=True)))
@@ -135,6 +150,7 @@ def main() -> None:
         print(f"{name:12}{1e3 * median(every):8.2f} ms {of_medians:8.4f} {paired:8.4f} ", end="")
         print(f"{fastest(seconds[name]) / fastest(seconds['none']):8.4f}")
     print(f"log in the run's thread: median {1e6 * median(CALLS):.1f} us, longest {1e6 * max(CALLS):.0f} us")
+    print(f"processor time of W&B for a row: {1e6 * wandb_row():.0f} us")
     tracking.leave(0)
 
 

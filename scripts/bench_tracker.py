@@ -6,8 +6,8 @@
 Each round trains the same small run under every tracker, in an order that moves on by one, in this process. `none`
 stands there twice: the second against the first is the noise. Three ratios to `none`: of the medians, the median over
 the same steps of the same rounds, and of the fastest rounds (each step's least time, summed), which a busy machine
-disturbs least. Where the noise is larger than what is sought, the processor time that W&B takes for a row here, outside
-any run, is the bound: its thread can hold up the run's for no more than that.
+disturbs least. Where the noise is larger than what is sought, look at the processor time that W&B takes for a row,
+measured outside any run: with a core to itself its thread takes about that from the run's, by the interpreter's lock.
 """
 
 import argparse

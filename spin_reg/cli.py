@@ -22,6 +22,7 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
   spin-reg plan [key=value ...]     the same plan, printed: what is done, what is to do, and why; runs nothing
   spin-reg resume RUN [key=value]   go on with the run in this folder
   spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
+  spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
   spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
 
   spin-reg train --help             every group and every setting
@@ -53,7 +54,9 @@ def main() -> None:
         code = 1
     except Exception as error:
         code = _report(_ours(error, traceback_wanted="HYDRA_FULL_ERROR" in os.environ))
-    sys.exit(code)
+    from spin_reg import tracking
+
+    tracking.leave(code)
 
 
 def _report(error: SpinRegError) -> int:
@@ -66,7 +69,7 @@ def _dispatch(program: str, words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "status") and {"-h", "--help"} & set(rest):
+    if verb in ("resume", "sync", "status") and {"-h", "--help"} & set(rest):
         print(USAGE, end="")
         return 0
     if verb == "--version":
@@ -117,6 +120,28 @@ def _evaluate(program: str, words: list[str]) -> int:
     return _compose(program, switched_off, task)
 
 
+def _sync(program: str, words: list[str]) -> int:
+    given = words[1:]
+    merged = _of_run("sync", words)
+    for word in given:
+        if not word.startswith(("tracker=", "tracker.")):
+            why = "it only sends what the run has logged"
+            raise ConfigError("sync takes the tracker's settings alone.", where=word, why=why, todo="leave it out")
+    if any(word.startswith("tracker=") for word in given):  # it may not know what the run's own one was given
+        merged = [word for word in merged if word in given or not word.startswith("tracker.")]
+    return _compose(program, merged, _replay)
+
+
+def _replay(cfg: Any) -> None:
+    from spin_reg import config, rundir, runner, tracking
+    from spin_reg.fingerprint import plain
+
+    settings = config.load(cfg, sweep=True)  # as lenient as any command that made it
+    root = Path(settings.outputs) / config.run_name(settings)
+    with rundir.owned(root):
+        print(tracking.replay(root / runner.METRICS, settings.tracker, config.flatten(plain(settings))))
+
+
 def _of_run(verb: str, words: list[str]) -> list[str]:
     """The words a run began with, then the ones given now, then the place of its folder.
 
@@ -162,6 +187,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "plan": _plan,
     "resume": _resume,
     "evaluate": _evaluate,
+    "sync": _sync,
     "status": _status,
 }
 

@@ -227,12 +227,18 @@ TRACKERS = ("none", "wandb", "tensorboard", "mlflow", "trackio", "swanlab", "com
 
 @dataclass
 class Tracker:
-    """Where metrics are mirrored to; `metrics.jsonl` in the run folder is the truth."""
+    """Where metrics are mirrored to; `metrics.jsonl` in the run folder is the truth.
+
+    `patience`: seconds that a finished run waits at most for the tracker to take what is left.
+    """
 
     name: str = "none"
+    patience: float = runtime(60.0)
 
     def __post_init__(self) -> None:
         check(self.name in TRACKERS, f"tracker.name={self.name}: give one of {', '.join(TRACKERS)}")
+        ok = 0 <= self.patience <= 86400
+        check(ok, f"tracker.patience={self.patience}: give seconds, 0 to 86400 (a day)")
 
 
 @dataclass
@@ -246,6 +252,7 @@ class Wandb(Tracker):
     log_model: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.name == "wandb", f"tracker.name={self.name}: choose a tracker with tracker={self.name}")
 
 

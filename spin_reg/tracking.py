@@ -1,25 +1,44 @@
-"""Trackers mirror metrics.jsonl: one tracker run over the whole loop, with steps of our own."""
+"""Trackers mirror metrics.jsonl: one tracker run over the whole loop, with steps of our own.
 
+A tracker lives in a thread of its own, so a run never waits for it before its end, and then only so long.
+"""
+
+import importlib
 import json
 import logging
 import netrc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, NoReturn, Protocol
 from urllib.parse import urlparse
 
 from spin_reg import durable
+from spin_reg.errors import ConfigError, DamagedError, SpinRegError, Stopped
 from spin_reg.fingerprint import digest
 from spin_reg.settings import Tracker, Wandb
 
 log = logging.getLogger(__name__)
 WANDB_FILE = "wandb.json"
+AFTER_A_SIGNAL = 2.0  # seconds that a stopped run waits for its tracker at most
+_unclosed: set[object] = set()  # trackers of this process that were begun and have not ended well
 
 
 class Mirror(Protocol):
-    """A tracker that takes rows by index and iterates by folder; each at most once."""
+    """An open tracker, which takes rows by index, in order, each at most once.
+
+    Attributes:
+        first: the index from which on rows are sent; the tracker has those before. place: where they go, for people.
+    """
+
+    first: int
+    place: str
 
     def log(self, index: int, row: dict[str, Any]) -> None:
         """One metrics row; `index` is its line in metrics.jsonl, from 0."""
@@ -38,28 +57,44 @@ class NoMirror:
         """Nothing was opened."""
 
 
-class Quiet:
-    """A tracker must never hurt the run: its first error is logged, and it is asked nothing more."""
+class Background:
+    """A tracker in a thread of its own: whatever it does, or does not, the run goes on.
 
-    def __init__(self, mirror: Mirror) -> None:
-        self._mirror: Mirror | None = mirror
-        self._next = 0
+    Its first error is logged and it is asked nothing more. `log` returns at once; `close` waits at most `patience`
+    seconds.
+    """
+
+    def __init__(self, opening: Callable[[], Mirror], root: Path, patience: float) -> None:
+        self._queue: SimpleQueue[tuple[int, dict[str, Any]] | int] = SimpleQueue()  # rows, then the exit code
+        self._next, self._patience, self._left = 0, patience, False
+        self._rest = f"metrics.jsonl keeps all; `spin-reg sync {shlex.quote(str(root))}` sends the rest"
+        self._thread = Thread(target=self._work, args=(opening,), name="tracker", daemon=True)
+        _unclosed.add(self)
+        self._thread.start()
 
     def log(self, index: int, row: dict[str, Any]) -> None:
-        if index >= self._next and self._mirror is not None:
+        if index >= self._next and self._thread.is_alive():
             self._next = index + 1
-            self._guarded("log", index, row)
+            self._queue.put((index, row))
 
     def close(self, exit_code: int) -> None:
-        self._guarded("close", exit_code)
+        self._queue.put(exit_code)
+        patience = min(self._patience, AFTER_A_SIGNAL) if exit_code == Stopped.exit_code else self._patience
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            self._left = True
+            log.warning("the tracker did not finish within %g s; %s", patience, self._rest)
 
-    def _guarded(self, method: str, *args: Any) -> None:
+    def _work(self, opening: Callable[[], Mirror]) -> None:
         try:
-            if self._mirror is not None:
-                getattr(self._mirror, method)(*args)
-        except Exception as error:  # whatever a tracker raises, the run and metrics.jsonl go on without it
-            self._mirror = None
-            log.warning("the tracker failed (%s: %s); metrics.jsonl stays complete", type(error).__name__, error)
+            mirror = opening()
+            while isinstance(item := self._queue.get(), tuple):
+                mirror.log(*item)
+            mirror.close(item)
+            _unclosed.discard(self)
+        except BaseException as error:  # SystemExit too: a thread would end of it without a word
+            if not self._left:  # else its run is over, and the log may be another run's by now
+                log.warning("the tracker failed (%s); %s", _words(error), self._rest)
 
 
 class WandbMirror:
@@ -69,47 +104,48 @@ class WandbMirror:
         import wandb
 
         self._wandb, self._root, self._log_model = wandb, root, tracker.log_model
-        saved = root / WANDB_FILE
-        if not saved.exists():
-            durable.write_json(saved, {"id": digest([str(root.resolve()), os.urandom(8).hex()])[:16]})
-        if not (os.environ.get("WANDB_API_KEY") or _has_login()) and "WANDB_MODE" not in os.environ:
-            log.info("W&B: no key, so offline; `wandb sync` sends it later")
-            os.environ["WANDB_MODE"] = "offline"
+        keyless = not (os.environ.get("WANDB_API_KEY") or _has_login()) and "WANDB_MODE" not in os.environ
+        if keyless:
+            log.info("W&B: no key, so offline; `spin-reg sync` or `wandb sync` sends it later")
         self._run = wandb.init(
             project=tracker.project,
             entity=tracker.entity,
             group=tracker.group,
-            id=json.loads(saved.read_text(encoding="utf-8"))["id"],
+            id=wandb_id(root),
             name=root.name,
             dir=root,
             config=settings,
+            mode="offline" if keyless else None,
             resume="allow",
+            reinit="create_new",  # the tracker of a sweep's last point may still be at it
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
-        self._first = int(self._run.starting_step or 0)
+        self.first = int(self._run.starting_step or 0)
+        self.place = f"W&B, offline, in {self._run.sync_dir}" if self._run.offline else f"W&B, {self._run.url}"
         for prefix in ("sft", "train"):
             self._run.define_metric(f"{prefix}/*", step_metric="step_in_all")
         self._run.define_metric("eval/*", step_metric="iterate")
 
     def log(self, index: int, row: dict[str, Any]) -> None:
-        if index < self._first:
+        if "iterate" in row:
+            self._artifact(row["iterate"])  # it has no step, and W&B keeps equal ones once
+        if index < self.first:
             return
         payload = dict(row) | {"step_in_all": index}
         if "iterate" in row:
             payload |= self._samples(row["iterate"])
-            self._artifact(row["iterate"])
         self._run.log(payload, step=index)
 
     def _samples(self, k: int) -> dict[str, Any]:
         """The table of sample generations of an iterate, beside its metrics."""
-        for folder in (f"iterate-{k:02d}/evaluate", f"iterate-{k:02d}/evaluate.tmp"):
-            path = self._root / folder / "samples.json"
-            if path.exists():
-                rows = json.loads(path.read_text(encoding="utf-8"))
-                columns = list(rows[0]) if rows else []
-                data = [[row[column] for column in columns] for row in rows]
-                return {f"samples/iterate_{k:02d}": self._wandb.Table(columns=columns, data=data)} if rows else {}
-        return {}
+        try:
+            text = (self._root / f"iterate-{k:02d}/evaluate/samples.json").read_text(encoding="utf-8")
+        except FileNotFoundError:  # the run may be making it anew meanwhile
+            return {}
+        rows = json.loads(text)
+        columns = list(rows[0]) if rows else []
+        data = [[row[column] for column in columns] for row in rows]
+        return {f"samples/iterate_{k:02d}": self._wandb.Table(columns=columns, data=data)} if rows else {}
 
     def _artifact(self, k: int) -> None:
         folder = self._root / f"iterate-{k:02d}/model"
@@ -120,6 +156,20 @@ class WandbMirror:
 
     def close(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
+
+
+def wandb_id(root: Path) -> str:
+    """The id of the run at W&B, in the run folder before W&B first hears of it; a damaged one is made anew."""
+    path = root / WANDB_FILE
+    if path.exists():
+        with suppress(ValueError, KeyError, TypeError):
+            found = json.loads(path.read_text(encoding="utf-8"))["id"]
+            if re.fullmatch("[0-9a-f]{16}", found):
+                return str(found)
+        log.warning("%s is damaged: it holds no id of 16 hex digits; the run goes on under a new one at W&B", path)
+    made = digest([str(root.resolve()), os.urandom(8).hex()])[:16]
+    durable.write_json(path, {"id": made})
+    return made
 
 
 def _has_login() -> bool:
@@ -134,10 +184,15 @@ def _has_login() -> bool:
 class AccelerateMirror:
     """Any tracker that Accelerate knows (tensorboard and others), by its name there."""
 
+    first = 0
+
     def __init__(self, root: Path, name: str, settings: dict[str, Any]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        kind = LOGGER_TYPE_TO_CLASS[name]
+        found: Any = LOGGER_TYPE_TO_CLASS[name]
+        # else each call would look after Accelerate's process state, which the run may be making at this moment
+        kind: Any = type(found.__name__, (found,), {"main_process_only": False})
+        self.place = f"{name}, {root}" if kind.requires_logging_directory else name
         self._tracker = kind("spin-reg", logging_dir=root) if kind.requires_logging_directory else kind("spin-reg")
         if hasattr(self._tracker, "start"):  # newer releases of Accelerate begin only when told
             self._tracker.start()
@@ -152,23 +207,86 @@ class AccelerateMirror:
         self._tracker.finish()
 
 
+def _words(error: BaseException) -> str:
+    """An error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextmanager
-def mirror(root: Path, tracker: Tracker, settings: dict[str, Any]) -> Iterator[Mirror]:
+def mirror(root: Path, tracker: Tracker, settings: dict[str, Any]) -> Iterator[Background | NoMirror]:
     """The tracker of a run, closed with the exit code that the process is about to have."""
-    opened = Quiet(_open(root, tracker, settings))
+    if tracker.name == "none":
+        yield NoMirror()
+        return
+    with suppress(Exception):  # the thread meets the same error, and tells it
+        _load(tracker)
+    opened = Background(lambda: _open(root, tracker, settings), root, tracker.patience)
     try:
         yield opened
     except BaseException as error:
-        opened.close(int(getattr(error, "exit_code", 1)))
+        stopped = Stopped.exit_code if isinstance(error, KeyboardInterrupt) else 1
+        opened.close(int(getattr(error, "exit_code", stopped)))
         raise
     opened.close(0)
 
 
+def _load(tracker: Tracker) -> None:
+    """Import what the tracker needs, in the run's thread: two threads that import the same see it half made."""
+    if isinstance(tracker, Wandb):
+        importlib.import_module("wandb")
+    else:
+        importlib.import_module("accelerate.tracking")
+        importlib.import_module("accelerate").PartialState()  # its loggers want it
+
+
 def _open(root: Path, tracker: Tracker, settings: dict[str, Any]) -> Mirror:
+    if isinstance(tracker, Wandb):
+        return WandbMirror(root, tracker, settings)
+    return AccelerateMirror(root, tracker.name, settings)
+
+
+def replay(metrics: Path, tracker: Tracker, settings: dict[str, Any]) -> str:
+    """Send a run's metrics.jsonl to a tracker, here and now; says how many rows went where.
+
+    Raises:
+        ConfigError: the tracker is none, or there are no metrics. DamagedError: the metrics cannot be read.
+        SpinRegError: the tracker failed.
+    """
+    root = metrics.parent
+    if tracker.name == "none":
+        todo = f"spin-reg sync {shlex.quote(str(root))} tracker=wandb"
+        raise ConfigError("There is no tracker to send to.", where=str(root), why="its tracker is none", todo=todo)
+    if not metrics.exists():
+        why = "no stage that keeps metrics is finished, or the file was deleted"
+        todo = f"spin-reg resume {shlex.quote(str(root))}"
+        raise ConfigError("This run has no metrics.", where=str(metrics), why=why, todo=todo)
     try:
-        if isinstance(tracker, Wandb):
-            return WandbMirror(root, tracker, settings)
-        return NoMirror() if tracker.name == "none" else AccelerateMirror(root, tracker.name, settings)
-    except Exception as error:  # as in Quiet
-        log.warning("the tracker did not start (%s: %s); metrics.jsonl is kept", type(error).__name__, error)
-        return NoMirror()
+        rows = durable.read_jsonl(metrics)
+    except ValueError as error:
+        todo = f"spin-reg resume {shlex.quote(str(root))} makes it again from the stages"
+        raise DamagedError("The metrics are damaged.", where=str(metrics), why=str(error), todo=todo) from error
+    token = object()
+    _unclosed.add(token)
+    try:
+        _load(tracker)
+        opened = _open(root, tracker, settings)
+        for index, row in enumerate(rows):
+            opened.log(index, row)
+        opened.close(0)
+    except Exception as error:
+        why = _words(error)
+        todo = "mend it and run the same command again, or give another tracker=..."
+        raise SpinRegError("The tracker failed.", where=f"tracker={tracker.name}", why=why, todo=todo) from error
+    _unclosed.discard(token)
+    return f"{max(0, len(rows) - opened.first)} of {len(rows)} rows sent to {opened.place}"
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code; at once where a tracker did not end well, whose own hooks could hold it."""
+    if not _unclosed:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed: nobody reads it any more
+            stream.flush()
+    logging.shutdown()
+    os._exit(code)

@@ -101,6 +101,7 @@ TABLE = [
     Row("tracker.entity", RUNTIME, "us"),
     Row("tracker.group", RUNTIME, "sweep"),
     Row("tracker.log_model", RUNTIME, "true"),
+    Row("tracker.patience", RUNTIME, "3"),
     Row("tracker.name", RUNTIME, "tensorboard", only="base"),
     Row("tracker.project", RUNTIME, "mine"),
 ]

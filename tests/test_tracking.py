@@ -390,8 +390,8 @@ def test_the_first_id_is_made_without_a_word(tmp_path: Path, caplog: pytest.LogC
 def recorded(folder: Path, *overrides: str) -> Path:
     """The folder of a run as `sync` sees it."""
     folder.mkdir()
-    run = {"overrides": overrides, "cwd": str(folder.parent), "iterations": 1, "created": ""}
-    (folder / "run.json").write_text(json.dumps(run | {key: {} for key in ("settings", "sources", "versions")}))
+    run = {"overrides": list(overrides), "cwd": str(folder.parent), "iterations": 1, "created": ""}
+    durable.write_record(folder / "run.json", run | {key: {} for key in ("settings", "sources", "versions")})
     (folder / "metrics.jsonl").write_text('{"train/loss": 0.5}\n{"train/loss": 0.25}\n{"iterate": 1}\n')
     return folder
 

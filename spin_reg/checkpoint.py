@@ -58,7 +58,7 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         try:
             state = json.loads((path / STATE).read_text(encoding="utf-8"))
             whole = all(file_sha256(path / file) == sha for file, sha in state["sha256"].items())
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             whole = False
         if not whole:
             shutil.rmtree(path)

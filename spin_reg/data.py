@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spin_reg import render, toy
 from spin_reg.errors import ConfigError, DataError
 from spin_reg.fingerprint import digest, seed_of
+from spin_reg.redact import redacted
 from spin_reg.render import Messages, Unusable
 from spin_reg.settings import Dataset, Hub, Jsonl, Toy
 from spin_reg.specs import Split
@@ -21,6 +22,7 @@ from spin_reg.tables import Row
 ROLES = ("system", "user", "assistant")
 LAYOUTS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
 CONVERSATIONS = ("messages", "real")  # `real` is the column of SPIN's published data
+FORMATS = ("parquet", "json", "csv", "arrow", "text")  # of a Hub data set's files
 SHOWN = 20  # bad rows named in one error
 
 
@@ -66,11 +68,12 @@ def read(dataset: Dataset) -> list[Example]:
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             yield from enumerate(pq.read_table(path).to_pylist(), start=1)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise DataError(
                 "The data file is not readable Parquet.", where=str(path), why=str(error), todo="mend dataset.path"
             ) from error
@@ -79,7 +82,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 "The data file is not JSON.", where=str(path), why=str(error), todo="mend it, or use .jsonl"
             ) from error
@@ -97,12 +100,17 @@ def _hub_rows(dataset: Hub) -> Iterator[tuple[int, Any]]:
     import datasets
 
     try:
-        table = datasets.load_dataset(dataset.path, dataset.subset, revision=dataset.revision, split=dataset.split)
+        builder = datasets.load_dataset_builder(dataset.path, dataset.subset, revision=dataset.revision)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in FORMATS:
+            raise ValueError(f"it is made of {kind} files; only {', '.join(FORMATS)} are read: others can hold pickles")
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=dataset.split)
     except Exception as error:  # the Hub's clients raise a dozen kinds; each means the data are not to be had
         raise DataError(
             "The data set could not be loaded.",
             where=f"dataset.path={dataset.path}, dataset.split={dataset.split}",
-            why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+            why=f"{type(error).__name__}: {(redacted(str(error)).splitlines() or [''])[0][:200]}",
             todo="check the name, the split, the revision and the network",
         ) from error
     yield from enumerate(table, start=1)

@@ -17,6 +17,10 @@ from spin_reg.plan import Stage
 
 MANIFEST, RUN, STAGES = "stage.json", "run.json", ".stages"
 Manifest = dict[str, Any]
+FIELDS = {  # of run.json
+    **{"created": str, "cwd": str, "iterations": int, "overrides": list},
+    **{"settings": dict, "sources": dict, "versions": dict},
+}
 
 
 def manifest(folder: Path) -> Manifest | None:
@@ -25,10 +29,24 @@ def manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     try:
-        found: Manifest = json.loads(path.read_text(encoding="utf-8"))
-        return found if found["files"] is not None else None
-    except (ValueError, KeyError, TypeError) as error:
+        return _shaped(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(path, f"it is not a manifest ({error})") from error
+
+
+def _shaped(found: Manifest) -> Manifest:
+    """The manifest, if it has what is read of it and names files of its own folder alone; else a ValueError."""
+    for name, entry in found["files"].items():
+        if not _inside(name) or not {"size", "sha256"} <= set(entry):
+            raise ValueError(f"the file {name}")
+    if not {"fingerprint", "spec", "version", "needs"} <= set(found):
+        raise ValueError("it lacks fields")
+    return found
+
+
+def _inside(name: str) -> bool:
+    """Whether a relative path stays in its folder: files are made under the names that a manifest gives."""
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def provenance(root: Path) -> dict[str, Any] | None:
@@ -42,11 +60,11 @@ def provenance(root: Path) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"created", "overrides", "settings", "sources", "versions", "iterations", "cwd"} - set(found)
-    except (ValueError, TypeError) as error:
+        wrong = {key for key, kind in FIELDS.items() if not isinstance(found.get(key), kind)}
+    except (ValueError, AttributeError, RecursionError) as error:
         raise damaged_run(path, f"it is not JSON ({error})") from error
-    if missing:
-        raise damaged_run(path, f"it lacks {', '.join(sorted(missing))}")
+    if wrong:
+        raise damaged_run(path, f"it lacks {', '.join(sorted(wrong))}, or has it in another form")
     return found
 
 
@@ -124,6 +142,8 @@ def elsewhere(outputs: Path, stage: Stage) -> Path | None:
     path = outputs / STAGES / stage.fingerprint
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         folder = outputs / line
+        if not _inside(line):
+            continue
         try:
             found = manifest(folder)
             if found is not None and found["fingerprint"] == stage.fingerprint:

@@ -4,6 +4,7 @@ import json
 import logging
 import netrc
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,10 +69,13 @@ class WandbMirror:
     def __init__(self, root: Path, tracker: Wandb, settings: dict[str, Any]) -> None:
         import wandb
 
-        self._wandb, self._root, self._log_model = wandb, root, tracker.log_model
         saved = root / WANDB_FILE
         if not saved.exists():
             durable.write_json(saved, {"id": digest([str(root.resolve()), os.urandom(8).hex()])[:16]})
+        run_id = json.loads(saved.read_text(encoding="utf-8"))["id"]
+        if not re.fullmatch(r"[\w-]+", run_id):
+            raise ValueError(f"{saved} holds no run id")  # W&B makes files under this name
+        self._wandb, self._root, self._log_model = wandb, root, tracker.log_model
         if not (os.environ.get("WANDB_API_KEY") or _has_login()) and "WANDB_MODE" not in os.environ:
             log.info("W&B: no key, so offline; `wandb sync` sends it later")
             os.environ["WANDB_MODE"] = "offline"
@@ -79,7 +83,7 @@ class WandbMirror:
             project=tracker.project,
             entity=tracker.entity,
             group=tracker.group,
-            id=json.loads(saved.read_text(encoding="utf-8"))["id"],
+            id=run_id,
             name=root.name,
             dir=root,
             config=settings,

@@ -1,5 +1,6 @@
 """Models and tokenizers: the tiny one made on the spot, pretrained ones, and the iterates of a run."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,22 +218,24 @@ def forget() -> None:
 
 
 def _base_folder(base: Path, trusted: bool) -> Path:
-    saved = sources.json_object(base)
-    if not all(isinstance(saved.get(key), str) for key in ("name", "sha256")):
+    try:
+        saved = json.loads(base.read_bytes())
+        model = Pretrained(name_or_path=saved["name"], revision=saved["revision"], trust_remote_code=trusted)
+        expected = str(saved["sha256"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(
             "The record of a base model is damaged.",
             where=str(base),
-            why="it does not say name and sha256",
+            why=f"it does not say which model was used ({error})",
             todo=f"delete {base.parent} and run the same command: it is made again",
-        )
-    model = Pretrained(name_or_path=saved["name"], revision=saved.get("revision"), trust_remote_code=trusted)
+        ) from error
     folder = sources.model_folder(model)
     found = sources.files_sha256(folder, sources.model_files(model))
-    if found != saved["sha256"]:
+    if found != expected:
         raise DamagedError(
             "The base model is not the one this run was made with.",
             where=str(folder),
-            why=f"its files hash to {found[:12]}, but {base} says {str(saved['sha256'])[:12]}",
+            why=f"its files hash to {found[:12]}, but {base} says {expected[:12]}",
             todo="put the old files back, or begin a run of its own with the new ones",
         )
     return folder

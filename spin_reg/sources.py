@@ -37,9 +37,7 @@ def model_folder(model: Pretrained) -> Path:
     if not (folder / "config.json").exists():
         raise _no_model(folder, "it has no config.json", "give a Hugging Face folder as save_pretrained writes it")
     if not list(folder.glob("*.safetensors")):
-        why = (
-            "it has no safetensors weights; nothing else is read, since .bin and .pt files are pickles and can run code"
-        )
+        why = "it has no safetensors weights; no others are read, since .bin and .pt files are pickles and can run code"
         raise _no_model(folder, why, "save it anew with save_pretrained, which writes safetensors")
     _refuse_other_weights(folder)
     _refuse_code(folder, model.trust_remote_code)

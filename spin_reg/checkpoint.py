@@ -75,7 +75,7 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> li
         try:
             state = durable.read_record(path / STATE)
             damaged = [file for file in (MODEL, OPTIMIZER) if file_sha256(path / file) != state["sha256"].get(file)]
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is damaged (%s): its steps are done again", path / STATE, error)
         else:
             if not damaged:

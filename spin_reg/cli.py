@@ -13,6 +13,7 @@ from typing import Any
 
 from spin_reg import __version__, stopping
 from spin_reg.errors import ConfigError, SpinRegError, Stopped
+from spin_reg.redact import redacted
 
 USAGE = """\
 spin-reg: regularized self-play fine-tuning of language models, the whole loop in one command.
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def _report(error: SpinRegError) -> int:
-    print(f"spin-reg: {error}", file=sys.stderr)
+    print(redacted(f"spin-reg: {error}"), file=sys.stderr)
     return error.exit_code
 
 
@@ -147,7 +148,7 @@ def _of_run(verb: str, words: list[str]) -> list[str]:
 
     Paths among them are relative to where the run began, so the process moves there.
     """
-    from spin_reg import rundir
+    from spin_reg import rundir, vetting
 
     if not words or words[0].startswith("-") or "=" in words[0]:
         raise ConfigError(
@@ -159,6 +160,7 @@ def _of_run(verb: str, words: list[str]) -> list[str]:
         raise ConfigError(
             "This is no run.", where=str(root), why="it has no run.json", todo="spin-reg status lists runs"
         )
+    vetting.check_saved(saved["overrides"], root / rundir.RUN)
     if Path(saved["cwd"]).is_dir():
         os.chdir(saved["cwd"])
     place = [f"outputs={_quoted(str(root.parent))}", f"run_name={_quoted(root.name)}"]
@@ -236,7 +238,7 @@ def _ours(error: Exception, *, traceback_wanted: bool) -> SpinRegError:
     from spin_reg import overrides
 
     if traceback_wanted:
-        traceback.print_exception(error)
+        print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return error if isinstance(error, SpinRegError) else overrides.explain(error)
 
 

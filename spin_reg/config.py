@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin_reg import settings
+from spin_reg import redact, settings
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, identity, plain
 from spin_reg.opponents import Regularizer, normalised
@@ -82,12 +82,31 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
         raise bad_value(str(error)) from error
     assert isinstance(config, Config)
     try:
+        _refuse_secrets(config)
         _check_run_name(config.run_name)
         _check_alpha(config, sweep)
         _check_loss(config)
     except ValueError as error:
         raise bad_value(str(error)) from error
     return config
+
+
+def _refuse_secrets(config: Config) -> None:
+    """No setting may hold a credential: settings go into the run folder and to trackers."""
+    for key, value in flatten(plain(config)).items():
+        secret = redact.found(value) if isinstance(value, str) else None
+        if secret is not None:
+            raise holds_a_secret(key, secret)
+
+
+def holds_a_secret(key: str, secret: str) -> ConfigError:
+    """The error for a setting with a secret in it; its value is not echoed."""
+    return ConfigError(
+        "A setting holds a secret.",
+        where=key,
+        why=f"it has {secret}, and settings are written into the run folder and sent to trackers",
+        todo="take it out; credentials belong into the environment (HF_TOKEN, WANDB_API_KEY) or a netrc file",
+    )
 
 
 def bad_value(message: str) -> ConfigError:

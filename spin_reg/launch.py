@@ -19,6 +19,7 @@ from spin_reg.config import Config
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
+from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
 from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
 from spin_reg.specs import PrepareSpec
@@ -202,7 +203,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
     before = rundir.provenance(planned.root) or {}
     value = {
         "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": before.get("command") or sys.argv,
+        "command": before.get("command") or [redacted(word) for word in sys.argv],
         "overrides": list(overrides),
         "cwd": before.get("cwd") or str(Path.cwd()),
         "iterations": settings.schedule.iterations,
@@ -234,11 +235,18 @@ def _warn_of_versions(root: Path) -> None:
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))
 
 
+class _Redacting(logging.Formatter):
+    """Lines and tracebacks without the secrets in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 @contextmanager
 def _logging(root: Path) -> Iterator[None]:
     """Everything logged below `spin_reg` goes to run.log while the run is open."""
     handler = logging.FileHandler(root / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("spin_reg")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -1,6 +1,8 @@
 """Models and tokenizers: the tiny one made on the spot, pretrained ones, and the iterates of a run."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from transformers import (
 )
 
 from spin_reg import durable, sources
-from spin_reg.errors import ConfigError, DamagedError
+from spin_reg.errors import ConfigError, DamagedError, SpinRegError
+from spin_reg.redact import redacted
 from spin_reg.settings import Hardware, Model, Precision, Pretrained, Tiny
 from spin_reg.specs import Policy
 
@@ -95,7 +98,9 @@ def start(spec: Model) -> Loaded:
     if isinstance(spec, Tiny):
         return _loaded(_tiny(spec, tokenizer), tokenizer)
     assert isinstance(spec, Pretrained)
-    return _loaded(_from_folder(sources.model_folder(spec), spec.dtype.value, spec.attn_implementation), tokenizer)
+    folder = sources.model_folder(spec)
+    model = _from_folder(folder, spec.dtype.value, spec.attn_implementation, spec.trust_remote_code)
+    return _loaded(model, tokenizer)
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
@@ -103,7 +108,7 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     if not isinstance(spec, Pretrained):
         return byte_tokenizer()
     folder = sources.model_folder(spec)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer(folder, spec.trust_remote_code)
     if not tokenizer.chat_template:
         raise ConfigError(
             "The model's tokenizer has no chat template.",
@@ -114,16 +119,40 @@ def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _from_folder(folder: Path, dtype: str, attn_implementation: str | None) -> PreTrainedModel:
+def _tokenizer(folder: Path, trusted: bool) -> PreTrainedTokenizerBase:
+    with _reading(folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+
+
+def _from_folder(folder: Path, dtype: str, attn_implementation: str | None, trusted: bool) -> PreTrainedModel:
     kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with _reading(folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trusted, **kwargs
+        )
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What the libraries raise on files that they cannot use, as errors of ours."""
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, **kwargs)
+        yield
+    except (SpinRegError, MemoryError, torch.OutOfMemoryError):
+        raise
     except SafetensorError as error:
         raise DamagedError(
             "The weights of a model cannot be read.",
             where=str(folder),
             why=f"not whole safetensors files ({error})",
             todo="put the files back as they were",
+        ) from error
+    except Exception as error:  # a dozen kinds; each means that these files are no model that can be used here
+        why = " ".join(redacted(str(error)).split())[:300]
+        raise ConfigError(
+            "The model cannot be loaded.",
+            where=str(folder),
+            why=f"{type(error).__name__}: {why}",
+            todo="give a folder as save_pretrained writes it, of a kind that the installed transformers knows",
         ) from error
 
 
@@ -136,9 +165,11 @@ def generation_config(spec: Model) -> GenerationConfig | None:
     if not isinstance(spec, Pretrained):
         return None
     folder = sources.model_folder(spec)
-    if (folder / "generation_config.json").exists():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))  # as loading the model does
+    with _reading(folder):
+        if (folder / "generation_config.json").exists():
+            return GenerationConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        return GenerationConfig.from_model_config(config)  # as loading the model does
 
 
 def end_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -172,10 +203,10 @@ def load(folder: Path, policy: Policy, *, exclusive: bool = False) -> Loaded:
     if key in _held:
         return _held[key]
     base = folder / BASE_FILE
-    where = _base_folder(base) if base.exists() else folder
-    loaded = _loaded(
-        _from_folder(where, policy.dtype, policy.attn_implementation), AutoTokenizer.from_pretrained(where)
-    )
+    trusted = policy.trust_remote_code
+    where = _base_folder(base, trusted) if base.exists() else folder
+    model = _from_folder(where, policy.dtype, policy.attn_implementation, trusted)
+    loaded = _loaded(model, _tokenizer(where, trusted))
     if not exclusive:
         _held[key] = loaded
     return loaded
@@ -186,15 +217,25 @@ def forget() -> None:
     _held.clear()
 
 
-def _base_folder(base: Path) -> Path:
-    saved = json.loads(base.read_text(encoding="utf-8"))
-    folder = sources.model_folder(Pretrained(name_or_path=saved["name"], revision=saved["revision"]))
-    found = sources.files_sha256(folder, sources.MODEL_FILES)
-    if found != saved["sha256"]:
+def _base_folder(base: Path, trusted: bool) -> Path:
+    try:
+        saved = json.loads(base.read_bytes())
+        model = Pretrained(name_or_path=saved["name"], revision=saved["revision"], trust_remote_code=trusted)
+        expected = str(saved["sha256"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(
+            "The record of a base model is damaged.",
+            where=str(base),
+            why=f"it does not say which model was used ({error})",
+            todo=f"delete {base.parent} and run the same command: it is made again",
+        ) from error
+    folder = sources.model_folder(model)
+    found = sources.files_sha256(folder, sources.model_files(model))
+    if found != expected:
         raise DamagedError(
             "The base model is not the one this run was made with.",
             where=str(folder),
-            why=f"its files hash to {found[:12]}, but {base} says {str(saved['sha256'])[:12]}",
+            why=f"its files hash to {found[:12]}, but {base} says {expected[:12]}",
             todo="put the old files back, or begin a run of its own with the new ones",
         )
     return folder

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
+from spin_reg import vetting
 from spin_reg.config import Config, all_keys, bad_value, config_error, unknown_key
 from spin_reg.errors import ConfigError, SpinRegError
+from spin_reg.redact import redacted
 
 TOP = ("model", "dataset", "regularizer", "schedule", "loss", "generation", "evaluation", "tracker", "hardware")
 GROUPS = (*TOP, "experiment")
@@ -44,9 +46,11 @@ def register_help(conf: Path) -> None:
 
 
 def check(words: Sequence[str]) -> None:
-    """Refuse words whose key no group and no setting has, with the nearest named, before Hydra reads them."""
+    """Refuse words whose key no group and no setting has, with the nearest named, before Hydra reads them; and what
+    could run code."""
     if SHELL & set(words):
         return
+    vetting.check(words, GROUPS)
     known = sorted({*all_keys(), *GROUPS})
     for before, word in zip(["", *words], words, strict=False):
         key, equals, _ = word.lstrip("+~").partition("=")
@@ -71,7 +75,7 @@ def explain(error: Exception) -> SpinRegError:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    text = str(error)
+    text = redacted(str(error))  # before any of it is cut, which would hide half a secret
     missing = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'", text)
     if missing:
         return _no_option(missing[1], missing[2])

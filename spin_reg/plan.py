@@ -108,7 +108,8 @@ class _Builder:
 
     def __init__(self, config: Config, sources: Sources) -> None:
         self.config, self.sources = config, sources
-        self.policy = Policy(config.model.dtype, config.model.attn_implementation, _layout(config))
+        trusted = isinstance(config.model, Pretrained) and config.model.trust_remote_code
+        self.policy = Policy(config.model.dtype, config.model.attn_implementation, _layout(config), trusted)
         self.stages: dict[str, Stage] = {}
 
     def _add(self, name: str, spec: Spec, needs: Mapping[str, Stage], folder: str | None = None) -> Stage:

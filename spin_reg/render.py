@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from jinja2.exceptions import SecurityError, TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from spin_reg.errors import ConfigError
 
 Messages = list[dict[str, str]]
 
@@ -12,7 +15,18 @@ class Unusable(Exception):
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs))
+    try:
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs))
+    except (TemplateError, OverflowError, RecursionError) as error:
+        if type(error) is TemplateError:  # the template's own raise_exception, about these messages
+            raise Unusable(f"is refused by the chat template: {error}") from error
+        escape = "it reaches for what templates may not touch, " if isinstance(error, SecurityError) else ""
+        raise ConfigError(
+            "The model's chat template cannot be used.",
+            where=f"the chat template of {tokenizer.name_or_path}",
+            why=f"{escape}{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            todo="use a model with a sound chat template",
+        ) from error
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:

@@ -13,12 +13,14 @@ import pyarrow.parquet as pq
 
 from spin_reg.errors import DataError
 from spin_reg.fingerprint import digest
+from spin_reg.redact import redacted
 from spin_reg.render import Messages, Unusable
 from spin_reg.settings import Dataset, Hub, Jsonl
 from spin_reg.tables import Row
 
 ROLES = ("system", "user", "assistant")
 LAYOUTS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
+FORMATS = ("parquet", "json", "csv", "arrow", "text")  # of a Hub data set's files
 CONVERSATIONS = ("messages", "real")  # `real` is the column of SPIN's published data
 SHOWN = 20  # bad rows named in one error
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", str: "text"}
@@ -139,12 +141,17 @@ def _hub_rows(dataset: Hub) -> Iterator[tuple[int, Any]]:
     import datasets
 
     try:
-        table = datasets.load_dataset(dataset.path, dataset.subset, revision=dataset.revision, split=dataset.split)
+        builder = datasets.load_dataset_builder(dataset.path, dataset.subset, revision=dataset.revision)
+        kind = type(builder).__module__.rpartition(".")[2]
+        if kind not in FORMATS:
+            raise ValueError(f"it is made of {kind} files; only {', '.join(FORMATS)} are read: others can hold pickles")
+        builder.download_and_prepare()
+        table = builder.as_dataset(split=dataset.split)
     except Exception as error:  # the Hub's clients raise a dozen kinds; each means the data are not to be had
         raise DataError(
             "The data set could not be loaded.",
             where=f"dataset.path={dataset.path}, dataset.split={dataset.split}",
-            why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
+            why=f"{type(error).__name__}: {(redacted(str(error)).splitlines() or [''])[0][:200]}",
             todo="check the name, the split, the revision and the network",
         ) from error
     yield from enumerate(table, start=1)

@@ -23,6 +23,10 @@ MARKER = f"{durable.SCRATCH}/fingerprint"
 WEIGHTS = "*.safetensors"
 SMALL = 1 << 16  # bytes; files up to this size are hashed whenever a stage is looked at, larger ones when used
 Manifest = dict[str, Any]
+FIELDS = {  # of run.json
+    **{"created": str, "cwd": str, "iterations": int, "overrides": list},
+    **{"settings": dict, "sources": dict, "versions": dict},
+}
 
 
 def manifest(folder: Path) -> Manifest | None:
@@ -43,14 +47,9 @@ def manifest(folder: Path) -> Manifest | None:
 def _manifest(path: Path, *stamp: int) -> Manifest:
     try:
         found = durable.read_record(path)
-        missing = {"fingerprint", "version", "spec", "needs", "inputs", "files", "content", "removed"} - set(found)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if not all(map(_inside, found["files"])):
-            raise ValueError("it names files outside its folder")
-    except (ValueError, TypeError, OSError) as error:
-        raise damaged(path, str(error)) from error
-    return found
+        return _shaped(found)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise damaged(path, f"it is not a manifest ({error})") from error
 
 
 def readable(folder: Path) -> Manifest | None:
@@ -61,10 +60,20 @@ def readable(folder: Path) -> Manifest | None:
         return None
 
 
+def _shaped(found: Manifest) -> Manifest:
+    """The manifest, if it has what is read of it and names files of its own folder alone; else a ValueError."""
+    for name, entry in found["files"].items():
+        if not _inside(name) or not {"size", "sha256"} <= set(entry):
+            raise ValueError(f"the file {name}")
+    missing = {"fingerprint", "spec", "version", "needs", "inputs", "content", "removed"} - set(found)
+    if missing:
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    return found
+
+
 def _inside(name: str) -> bool:
-    """Whether a manifest's file name stays below its folder."""
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and "\\" not in name
+    """Whether a relative path stays in its folder: files are made under the names that a manifest gives."""
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def provenance(root: Path) -> dict[str, Any] | None:
@@ -80,9 +89,9 @@ def provenance(root: Path) -> dict[str, Any] | None:
         found = durable.read_record(path)
     except (ValueError, TypeError, OSError) as error:
         raise damaged_run(path, str(error)) from error
-    missing = {"created", "overrides", "settings", "sources", "versions", "iterations", "cwd"} - set(found)
-    if missing:
-        raise damaged_run(path, f"it lacks {', '.join(sorted(missing))}")
+    wrong = {key for key, kind in FIELDS.items() if not isinstance(found.get(key), kind)}
+    if wrong:
+        raise damaged_run(path, f"it lacks {', '.join(sorted(wrong))}, or has it in another form")
     return found
 
 

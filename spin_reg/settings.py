@@ -5,6 +5,7 @@ fingerprint. Every other field is.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -108,6 +109,15 @@ class Pretrained(Model):
 
     name_or_path: str = MISSING
     revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
+        check(
+            pinned or not self.trust_remote_code,
+            "model.trust_remote_code=true: code is run only from a commit that cannot move; give model.revision=COMMIT "
+            "with all its 40 hex digits, and read that code first",
+        )
 
 
 @dataclass

@@ -6,9 +6,11 @@ from typing import Any
 
 from spin_reg.errors import ConfigError, DataError
 from spin_reg.fingerprint import digest, file_sha256
+from spin_reg.redact import redacted
 from spin_reg.settings import Dataset, Generation, Hub, Jsonl, Model, Pretrained
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+CODE_FILES = ("*.py",)  # where model.trust_remote_code runs them; left alone otherwise
 TOKENIZER_FILES = (
     *("tokenizer*", "chat_template*", "special_tokens*", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "tekken.json"),
@@ -21,20 +23,82 @@ def model_folder(model: Pretrained) -> Path:
     """The local folder that holds the model; a Hub name is downloaded at its revision (or found in the Hub's cache).
 
     Raises:
-        ConfigError: neither a folder with a config.json and safetensors, nor a reachable Hub name.
+        ConfigError: neither a folder with a config.json and safetensors, nor a reachable Hub name; or it asks for code
+            or pickles.
     """
     folder = Path(model.name_or_path).expanduser()
     if not folder.exists():
         folder = _from_hub(model, folder)
-    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
-        if not list(folder.glob(pattern)):
-            raise ConfigError(
-                "This folder is not a model.",
-                where=f"model.name_or_path={model.name_or_path}",
-                why=f"it has no {what}",
-                todo="give a Hugging Face folder as save_pretrained writes it",
-            )
+    elif model.trust_remote_code:
+        raise ConfigError(
+            "The code of a local folder is not run.",
+            where=f"model.name_or_path={model.name_or_path}",
+            why="model.trust_remote_code runs a commit of the Hub, which is pinned; a folder is not",
+            todo="give the Hub's name and model.revision, or leave model.trust_remote_code out",
+        )
+    if not (folder / "config.json").exists():
+        raise _no_model(folder, "it has no config.json", "give a Hugging Face folder as save_pretrained writes it")
+    if not list(folder.glob("*.safetensors")):
+        why = "it has no safetensors weights; no others are read, since .bin and .pt files are pickles and can run code"
+        raise _no_model(folder, why, "save it anew with save_pretrained, which writes safetensors")
+    _refuse_other_weights(folder)
+    _refuse_code(folder, model.trust_remote_code)
     return folder
+
+
+def _no_model(where: Path, why: str, todo: str) -> ConfigError:
+    return ConfigError("This folder is not a model.", where=str(where), why=why, todo=todo)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object.
+
+    Raises:
+        ConfigError: it is not JSON, or not an object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _no_model(path, f"it is not JSON ({_first_line(error)})", "put the file back as it was") from error
+    if not isinstance(found, dict):
+        raise _no_model(path, f"it is a {type(found).__name__}, not an object", "put the file back as it was")
+    return found
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """An index of sharded weights, and config.json, may name safetensors of the same folder alone."""
+    wanted = json_object(folder / "config.json").get("transformers_weights") or "model.safetensors"
+    named = [(folder / "config.json", str(wanted).removesuffix(".index.json"))]  # of an index its entries count
+    for path in folder.glob("*.safetensors.index.json"):
+        shards = json_object(path).get("weight_map")
+        named += [(path, str(name)) for name in (shards.values() if isinstance(shards, dict) else [shards])]
+    for path, name in named:
+        if "/" in name or not name.endswith(".safetensors"):
+            why = f"it names {name!r} as weights, which is no safetensors file of this folder"
+            raise _no_model(path, why, "save the model anew with save_pretrained, which writes safetensors")
+
+
+def _refuse_code(folder: Path, trusted: bool) -> None:
+    """A folder's auto_map names Python files that the libraries would run."""
+    for path in (folder / "config.json", folder / "tokenizer_config.json"):
+        code = json_object(path).get("auto_map") if path.exists() else None
+        named = json.dumps(code)
+        if code and not trusted:
+            raise ConfigError(
+                "The model comes with code of its own, which is not run.",
+                where=str(path),
+                why=f"its auto_map names {named[:200]}",
+                todo="use a model that needs none; or, for one of the Hub whose code you have read, set "
+                "model.trust_remote_code=true and model.revision=COMMIT; or take auto_map out of a copy of the folder, "
+                "if this transformers knows its model_type",
+            )
+        if "--" in named:
+            raise ConfigError(
+                "The model's code lies in another place of the Hub.",
+                where=str(path),
+                why=f"its auto_map names {named[:200]}, which model.revision does not pin",
+                todo="use a model whose code lies beside its weights",
+            )
 
 
 def model_revision(model: Pretrained) -> str | None:
@@ -46,7 +110,7 @@ def _from_hub(model: Pretrained, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        allowed = list(MODEL_FILES)
+        allowed = list(model_files(model))
         return Path(snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=allowed))
     except Exception as error:  # the Hub's client raises a dozen kinds; each means the model is not to be had
         raise ConfigError(
@@ -58,7 +122,12 @@ def _from_hub(model: Pretrained, folder: Path) -> Path:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+    return (redacted(str(error)).splitlines() or [""])[0][:200]
+
+
+def model_files(model: Pretrained) -> tuple[str, ...]:
+    """The files that make a model what it is; its code is one of them where it is run."""
+    return (*MODEL_FILES, *CODE_FILES) if model.trust_remote_code else MODEL_FILES
 
 
 def files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
@@ -69,13 +138,14 @@ def files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
 
 def model_sha256(model: Model) -> str | None:
     """The identity of a pretrained model's files (weights, configuration, tokenizer); None where it is made here."""
-    return files_sha256(model_folder(model), MODEL_FILES) if isinstance(model, Pretrained) else None
+    return files_sha256(model_folder(model), model_files(model)) if isinstance(model, Pretrained) else None
 
 
 def tokenizer_sha256(model: Model) -> str:
     """The identity of a model's tokenizer and chat template."""
     if isinstance(model, Pretrained):
-        return files_sha256(model_folder(model), TOKENIZER_FILES)
+        code = CODE_FILES if model.trust_remote_code else ()
+        return files_sha256(model_folder(model), (*TOKENIZER_FILES, *code))
     return "byte-level tokenizer, 1"
 
 

@@ -37,6 +37,7 @@ class Policy:
     dtype: Dtype
     attn_implementation: str | None
     layout: tuple[int, ...] | None  # batch sizes, where arithmetic is so coarse that they change results (bf16)
+    trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
 
 
 class Kept:

@@ -8,7 +8,18 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "spin_reg"
 STD = {"__future__"}
-GROUND = {"errors", "fingerprint", "schedules", "opponents", "regularizers", "settings", "specs", "context", "stopping"}
+GROUND = {
+    "errors",
+    "fingerprint",
+    "schedules",
+    "opponents",
+    "regularizers",
+    "settings",
+    "specs",
+    "context",
+    "redact",
+    "stopping",
+}
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),
     ({"config"}, {"omegaconf", "hydra"}),
@@ -26,11 +37,12 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "accelerate",
             "safetensors",
             "huggingface_hub",
+            "jinja2",
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     ({"plan", "rundir", "runner", "launch", "tracking"}, {"filelock", "wandb", "accelerate"}),
-    ({"cli", "console", "overrides", "status"}, {"hydra", "rich", "omegaconf"}),
+    ({"cli", "console", "overrides", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),
 ]
 LATE_ONLY = {"launch", "runner", "tracking", "cli", "overrides"}  # may import what loads torch, but inside functions
 
@@ -83,9 +95,3 @@ def test_no_module_is_long_and_no_function(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno <= 66, f"{path.name}: {node.name}"
-
-
-def test_nothing_is_pickled() -> None:
-    for path in MODULES:
-        text = path.read_text()
-        assert "pickle" not in text.replace("no pickle", "") and "torch.load" not in text and "torch.save" not in text

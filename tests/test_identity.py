@@ -73,6 +73,7 @@ TABLE = [
     Row("model.num_heads", RESULT, "2"),
     Row("model.num_layers", RESULT, "2"),
     Row("model.revision", RESULT, "main"),
+    Row("model.trust_remote_code", RESULT, "true", given=f"model.revision={'a' * 40} model.name_or_path=a/b"),
     Row("model.sft", GROUP),
     Row("model.sft.batch_size", RESULT, "3"),
     Row("model.sft.epochs", RESULT, "3"),

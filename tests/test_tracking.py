@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import SMALL, Command, read_jsonl
 
-from spin_reg import rundir, tracking
+from spin_reg import durable, rundir, tracking
 from spin_reg.settings import Tracker, Wandb
 
 Train = Callable[..., Path]

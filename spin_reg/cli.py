@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
   spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
   spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
   spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
+  spin-reg gc [DIR] [--yes]         what nothing needs any more, by name and size; --yes removes it
 
   spin-reg train --help             every group and every setting
   spin-reg train --cfg job          the composed configuration
@@ -70,7 +71,7 @@ def _dispatch(program: str, words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "sync", "status") and {"-h", "--help"} & set(rest):
+    if verb in ("resume", "sync", "status", "gc") and {"-h", "--help"} & set(rest):
         print(USAGE, end="")
         return 0
     if verb == "--version":
@@ -110,20 +111,26 @@ def _plan(program: str, words: list[str]) -> int:
 
 
 def _resume(program: str, words: list[str]) -> int:
-    return _train(program, _of_run("resume", words))
+    from spin_reg.runs import words_of
+
+    return _train(program, words_of("resume", words))
 
 
 def _evaluate(program: str, words: list[str]) -> int:
+    from spin_reg.runs import words_of
+
     task = partial(_run, only_evaluate=True)
     if not words or words[0].startswith("-") or "=" in words[0]:
         return _compose(program, words, task)
-    switched_off = [word for word in _of_run("evaluate", words) if word != "evaluation=none" or word in words]
+    switched_off = [word for word in words_of("evaluate", words) if word != "evaluation=none" or word in words]
     return _compose(program, switched_off, task)
 
 
 def _sync(program: str, words: list[str]) -> int:
+    from spin_reg.runs import words_of
+
     given = words[1:]
-    merged = _of_run("sync", words)
+    merged = words_of("sync", words)
     for word in given:
         if not word.startswith(("tracker=", "tracker.")):
             why = "it only sends what the run has logged"
@@ -143,38 +150,11 @@ def _replay(cfg: Any) -> None:
         print(tracking.replay(root / runner.METRICS, settings.tracker, config.flatten(plain(settings))))
 
 
-def _of_run(verb: str, words: list[str]) -> list[str]:
-    """The words a run began with, then the ones given now, then the place of its folder.
+def _gc(program: str, words: list[str]) -> int:
+    from spin_reg import runs
 
-    Paths among them are relative to where the run began, so the process moves there.
-    """
-    from spin_reg import rundir, vetting
-
-    if not words or words[0].startswith("-") or "=" in words[0]:
-        raise ConfigError(
-            "Which run?", where=f"spin-reg {verb}", why="no folder was given", todo=f"spin-reg {verb} RUN"
-        )
-    root = Path(words[0]).expanduser().resolve()
-    saved = rundir.provenance(root)
-    if saved is None:
-        raise ConfigError(
-            "This is no run.", where=str(root), why="it has no run.json", todo="spin-reg status lists runs"
-        )
-    vetting.check_saved(saved["overrides"], root / rundir.RUN)
-    if Path(saved["cwd"]).is_dir():
-        os.chdir(saved["cwd"])
-    place = [f"outputs={_quoted(str(root.parent))}", f"run_name={_quoted(root.name)}"]
-    return _last_wins([*saved["overrides"], *words[1:], *place])
-
-
-def _quoted(text: str) -> str:
-    """A value as Hydra's override grammar takes it whatever it holds."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _last_wins(overrides: Sequence[str]) -> list[str]:
-    """Overrides with every key once; Hydra refuses a group that is given twice."""
-    return list({word.partition("=")[0]: word for word in overrides}.values())
+    runs.gc(words, conf_dir())
+    return 0
 
 
 def _status(program: str, words: list[str]) -> int:
@@ -191,6 +171,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "evaluate": _evaluate,
     "sync": _sync,
     "status": _status,
+    "gc": _gc,
 }
 
 
@@ -199,6 +180,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     import hydra
 
     from spin_reg import config, overrides
+    from spin_reg.runs import quoted
 
     config.register()
     overrides.register_help(conf_dir())
@@ -221,7 +203,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     try:
         with TemporaryDirectory() as scratch:  # Hydra leaves a multirun.yaml; run.json already says all of it
             if {"-m", "--multirun"} & set(words) and not any(w.startswith("hydra.sweep.dir=") for w in words):
-                sys.argv.append(f"hydra.sweep.dir={_quoted(scratch)}")
+                sys.argv.append(f"hydra.sweep.dir={quoted(scratch)}")
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
     except BrokenPipeError:
         raise
@@ -303,10 +285,14 @@ def _short(path: Path) -> str:
 
 
 def _show_plan(cfg: Any) -> None:
+    from spin_reg import launch, space
+
     planned = _planned(cfg)
     width = max(len(stage.name) for stage in planned.stages)
     print(f"run {_short(planned.root)}")
     for stage, state in zip(planned.stages, planned.states, strict=True):
         print(f"  {state.status:5}  {stage.name:{width}}  {state.reason}")
+    needed, room = launch.disk(planned), space.human(space.free(planned.outputs))
     counts = {s: sum(state.status == s for state in planned.states) for s in {state.status for state in planned.states}}
     print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
+    print(f"  disk: {needed.words()}; {room} free")

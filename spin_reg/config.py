@@ -46,6 +46,7 @@ class Config:
     hardware: settings.Hardware = field(default_factory=settings.Hardware)
     alpha: Any = None
     seed: int = 0
+    keep_iterates: settings.KeepIterates = settings.runtime(settings.KeepIterates.all)
     run_name: str | None = None
     outputs: str = "outputs"
 
@@ -86,6 +87,7 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
         _check_run_name(config.run_name)
         _check_alpha(config, sweep)
         _check_loss(config)
+        _check_keep(config)
     except ValueError as error:
         raise bad_value(str(error)) from error
     return config
@@ -171,6 +173,16 @@ def all_keys() -> list[str]:
 def _check_run_name(name: str | None) -> None:
     ok = name is None or (bool(name) and "/" not in name and "\\" not in name and not name.startswith("."))
     settings.check(ok, f"run_name={name}: give the name of one folder below outputs, without / and no dot in front")
+
+
+def _check_keep(config: Config) -> None:
+    keep = config.keep_iterates
+    widest = max(len(config.regularizer.opponent(t).window) for t in range(config.schedule.iterations))
+    if keep is settings.KeepIterates.last:
+        message = f"keep_iterates=last: this regularizer plays against {widest} iterates; give needed or all"
+        settings.check(widest == 1, message)
+    sent = keep is settings.KeepIterates.all or not getattr(config.tracker, "log_model", False)
+    settings.check(sent, f"keep_iterates={keep}: tracker.log_model=true sends every iterate's weights; give all")
 
 
 def _check_alpha(config: Config, sweep: bool) -> None:

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, config, durable, rundir, runner, sources, tracking
+from spin_reg import __version__, config, durable, rundir, runner, sources, space, tracking
 from spin_reg.config import Config
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import plain
@@ -22,7 +22,7 @@ from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
 from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
-from spin_reg.specs import PrepareSpec
+from spin_reg.specs import PrepareSpec, Split
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
 QUIET = {
@@ -91,17 +91,36 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     for stage, state in zip(planned.stages, planned.states, strict=True):
         if state.status is Status.stale:
             raise runner.refused(root, stage, state)
+    read = None
     if not root.exists():
         _environment(settings)
-        _check_data(planned)
+        read = _check_data(planned)
+    space.check(planned.outputs, disk(planned, read))
     durable.make_folder(root)
     with rundir.owned(root):  # before anything slow: who comes second is told at once
-        _environment(settings)
         saved = _saved(root)
         if saved is not None:  # another process may have made it since we looked
             _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
+        _environment(settings)
         _write_provenance(planned, overrides)
         _run(planned, listener)
+
+
+def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Need:
+    """What the stages still to be made may need on disk; `read`: how many examples the data were found to have."""
+    settings = planned.config
+    todo = [s for s, state in zip(planned.stages, planned.states, strict=True) if state.status is Status.todo]
+    data = settings.dataset
+    rows = read or space.counts(_data_folder(planned), data.num_prompts, data.num_heldout)
+    kept = space.future(settings, planned.sources)
+    return space.need(planned.stages, todo, settings.model, rows, settings.keep_iterates, kept)
+
+
+def _data_folder(planned: Planned) -> Path:
+    """Where the prepared data lie, or will: here, or in the run they are taken over from."""
+    stage = planned.stages[0]
+    copies = [] if (planned.root / stage.folder).is_dir() else rundir.elsewhere(planned.outputs, stage, {})
+    return next(iter(copies), planned.root / stage.folder)
 
 
 def _run(planned: Planned, listener: Listener) -> None:
@@ -109,6 +128,7 @@ def _run(planned: Planned, listener: Listener) -> None:
     with _logging(root):
         _warn_of_versions(root)
         identity = config.flatten(plain(settings))
+        kept = space.future(settings, planned.sources)
         try:
             with tracking.mirror(root, settings.tracker, identity) as mirror:
                 runner.run_all(
@@ -118,20 +138,22 @@ def _run(planned: Planned, listener: Listener) -> None:
                     listener=listener,
                     sink=mirror,
                     clock=time.monotonic,
+                    unneeded=lambda pending: space.unneeded(planned.stages, pending, settings.keep_iterates, kept),
                 )
         except BaseException:
             log.exception("the run ended early")
             raise
 
 
-def _check_data(planned: Planned) -> None:
-    """Before a new folder is made its data must be good: read them, in memory."""
+def _check_data(planned: Planned) -> dict[Split, int] | None:
+    """Before a new folder is made its data must be good: read them, in memory; how many examples each split has."""
     first = planned.stages[0]
-    if planned.states[0].status is Status.todo:
-        from spin_reg.stages import prepare as stage
+    if planned.states[0].status is not Status.todo:
+        return None
+    from spin_reg.stages import prepare as stage
 
-        assert isinstance(first.spec, PrepareSpec)
-        stage.check(first.spec)
+    assert isinstance(first.spec, PrepareSpec)
+    return stage.check(first.spec)
 
 
 def _environment(settings: Config) -> None:

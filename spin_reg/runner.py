@@ -36,6 +36,7 @@ class State:
 
     status: Status
     reason: str
+    damaged: bool = False
 
 
 class Listener(Protocol):
@@ -72,7 +73,7 @@ def state_of(root: Path, outputs: Path, stage: Stage) -> State:
     except DamagedError as damage:
         if stage.spec.precious:
             raise
-        return State(Status.todo, f"{damage.where} is damaged ({damage.why}), so it is made again")
+        return State(Status.todo, f"{damage.where} is damaged ({damage.why}), so it is made again", damaged=True)
     if found is None:
         copies = rundir.elsewhere(outputs, stage, contents(root, stage))
         if copies:
@@ -149,7 +150,8 @@ def run_all(
         if state.status is Status.stale:
             raise refused(root, stage, state)
         listener.stage(index, len(stages), stage, state)
-        log.info("%s: %s (%s)", stage.name, state.status, state.reason)
+        level = logging.WARNING if state.damaged else logging.INFO
+        log.log(level, "%s: %s (%s)", stage.name, state.status, state.reason)
         adopted = state.status is Status.reuse and _adopted(root, outputs, stage)
         if state.status is not Status.done and not adopted:
             maker.make(stage, Context(listener.progress, _live(sink, sent), stopping.poll))

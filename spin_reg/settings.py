@@ -59,6 +59,14 @@ class LossName(StrEnum):
     ipo = "ipo"
 
 
+class KeepIterates(StrEnum):
+    """Whose weights stay: all; those that the rest of the run or one more iteration needs; the last iterate's."""
+
+    all = "all"
+    needed = "needed"
+    last = "last"
+
+
 class LengthNorm(StrEnum):
     none = "none"
     mean = "mean"

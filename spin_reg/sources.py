@@ -16,7 +16,7 @@ TOKENIZER_FILES = (
     *("*.model", "tekken.json"),
     *("generation_config.json", "config.json"),  # which tokens end an answer
 )
-TINY_POSITIONS = 4096
+TINY_POSITIONS, TINY_VOCABULARY = 4096, 261  # of the model made on the spot: 256 bytes and 5 marks
 
 
 def model_folder(model: Pretrained) -> Path:
@@ -99,6 +99,15 @@ def _refuse_code(folder: Path, trusted: bool) -> None:
                 why=f"its auto_map names {named[:200]}, which model.revision does not pin",
                 todo="use a model whose code lies beside its weights",
             )
+
+
+def weight_files(model: Pretrained) -> list[Path]:
+    """The safetensors files that hold a model's weights."""
+    folder = model_folder(model)
+    for index in folder.glob("*.safetensors.index.json"):
+        return [folder / name for name in sorted(set(json_object(index)["weight_map"].values()))]
+    single = folder / "model.safetensors"
+    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
 
 
 def model_revision(model: Pretrained) -> str | None:

@@ -41,10 +41,17 @@ FLOORS: list[tuple[set[str], set[str]]] = [
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
-    ({"plan", "rundir", "runner", "launch", "tracking"}, {"filelock", "wandb", "accelerate"}),
-    ({"cli", "console", "overrides", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),
+    ({"plan", "rundir", "runner", "launch", "space", "tracking"}, {"filelock", "wandb", "accelerate"}),
+    ({"cli", "console", "overrides", "runs", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),
 ]
-LATE_ONLY = {"launch", "runner", "tracking", "cli", "overrides"}  # may import what loads torch, but inside functions
+LATE_ONLY = {
+    "launch",
+    "runner",
+    "tracking",
+    "cli",
+    "overrides",
+    "runs",
+}  # may import what loads torch, but inside functions
 
 
 def part(path: Path) -> str:

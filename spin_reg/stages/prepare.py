@@ -10,13 +10,16 @@ from spin_reg.context import Context
 from spin_reg.data import Splits
 from spin_reg.fingerprint import digest
 from spin_reg.settings import Hub
-from spin_reg.specs import PrepareSpec
+from spin_reg.specs import PrepareSpec, Split
 
 _checked: dict[str, tuple[Splits, dict[str, Any]]] = {}  # what `check` made, until `run` writes it
 
 
-def check(spec: PrepareSpec, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+def check(spec: PrepareSpec, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[Split, int]:
     """Read and tokenise the data in memory, so that a run folder is made only for data known to be good.
+
+    Returns:
+        How many examples each split has.
 
     Raises:
         DataError, ConfigError: see `data.prepare`.
@@ -26,13 +29,19 @@ def check(spec: PrepareSpec, progress: Callable[[int, int], None] = lambda done,
     dataset = spec.dataset
     if isinstance(dataset, Hub) and not Path(dataset.path).is_dir():
         dataset = replace(dataset, revision=spec.source)  # the commit that was fingerprinted, whatever is newest now
-    _checked[digest(spec)] = data.prepare(dataset, tokenizer, ends, progress)
+    splits, _ = _checked[digest(spec)] = data.prepare(dataset, tokenizer, ends, progress)
+    return {split: len(rows) for split, rows in splits.items()}
 
 
 def run(spec: PrepareSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write SPLIT.parquet for every split, and summary.json with every dropped row."""
+
+    def progress(done: int, total: int) -> None:
+        context.poll()
+        context.progress(done, total, "row")
+
     if digest(spec) not in _checked:
-        check(spec, lambda done, total: context.progress(done, total, "row"))
+        check(spec, progress)
     splits, summary = _checked.pop(digest(spec))
     for split, rows in splits.items():
         tables.write(out / f"{split}.parquet", rows, tables.EXAMPLES)

@@ -1,0 +1,119 @@
+"""Verbs that are given a run's folder: the words it began with, and `gc`."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from spin_reg import config, durable, launch, overrides, rundir, space, vetting
+from spin_reg.errors import ConfigError, RunBusy, SpinRegError
+
+YES = "--yes"
+
+
+def words_of(verb: str, words: Sequence[str]) -> list[str]:
+    """The words a run began with, then the ones given now, then the place of its folder.
+
+    Paths among them are relative to where the run began, so the process moves there.
+
+    Raises:
+        ConfigError: the first word is no run's folder. DamagedError: its run.json is damaged.
+    """
+    if not words or words[0].startswith("-") or "=" in words[0]:
+        raise ConfigError(
+            "Which run?", where=f"spin-reg {verb}", why="no folder was given", todo=f"spin-reg {verb} RUN"
+        )
+    root = Path(words[0]).expanduser().resolve()
+    saved = rundir.provenance(root)
+    if saved is None:
+        raise ConfigError(
+            "This is no run.", where=str(root), why="it has no run.json", todo="spin-reg status lists runs"
+        )
+    vetting.check_saved(saved["overrides"], root / rundir.RUN)
+    if Path(saved["cwd"]).is_dir():
+        os.chdir(saved["cwd"])
+    place = [f"outputs={quoted(str(root.parent))}", f"run_name={quoted(root.name)}"]
+    return _last_wins([*saved["overrides"], *words[1:], *place])
+
+
+def quoted(text: str) -> str:
+    """A value as Hydra's override grammar takes it whatever it holds."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _last_wins(words: Sequence[str]) -> list[str]:
+    """Overrides with every key once; Hydra refuses a group that is given twice."""
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
+def gc(words: Sequence[str], conf: Path) -> None:
+    """Print what nothing needs in a run, or in every run of a folder; remove it where `--yes` is among the words.
+
+    Raises:
+        ConfigError: a word that gc does not take, or no such folder.
+    """
+    unknown = [w for w in words if (w.startswith("-") and w != YES) or ("=" in w and "keep_iterates" not in w)]
+    if unknown:
+        raise ConfigError(
+            "gc does not take this.",
+            where=unknown[0],
+            why="it takes a folder, keep_iterates=needed or last, and --yes",
+            todo="spin-reg gc [DIR] [keep_iterates=needed] [--yes]",
+        )
+    folders = [word for word in words if "=" not in word and word != YES]
+    keep = [word for word in words if "=" in word]
+    place = Path(folders[0] if folders else "outputs").expanduser().resolve()
+    if not place.is_dir():
+        raise ConfigError("No such folder.", where=str(place), why="it does not exist", todo="spin-reg gc DIR")
+    alone = (place / rundir.RUN).exists()
+    outputs = place.parent if alone else place
+    roots = [place] if alone else sorted(path.parent for path in place.glob(f"*/{rundir.RUN}"))
+    total = sum(_collect(root, keep, conf, remove=YES in words) for root in roots)
+    index = space.stale_index(outputs)
+    if index:
+        print(f"{outputs / rundir.STAGES}: {len(index)} entries of stages that are gone")
+        for path in index if YES in words else []:
+            durable.remove(path)
+    done = "removed" if YES in words else f"to be freed; nothing was removed: add {YES} to do it"
+    print(f"{space.human(total)} {done}")
+
+
+def _collect(root: Path, keep: Sequence[str], conf: Path, *, remove: bool) -> int:
+    """One run's garbage, printed and perhaps removed; the bytes that frees."""
+    try:
+        planned = _planned(root, keep, conf)
+        kept = space.future(planned.config, planned.sources)
+        with rundir.owned(root):
+            found = space.garbage(root, planned.stages, planned.config.keep_iterates, kept)
+            for item in found:
+                size = space.human(item.frees) if item.frees else "nothing (another run holds it too)"
+                print(f"{shlex.quote(str(item.path))}: {item.why}; frees {size}")
+            if remove:
+                space.remove(root, planned.stages, found)
+        return sum(item.frees for item in found)
+    except RunBusy as error:
+        print(f"{root}: left alone, it is at work ({error.why})")
+    except SpinRegError as error:
+        print(f"{root}: left alone ({error.what} {error.why})")
+    return 0
+
+
+def _planned(root: Path, keep: Sequence[str], conf: Path) -> Any:
+    """The plan of the run in this folder."""
+    here = os.getcwd()
+    try:
+        words = words_of("gc", [str(root), *keep])
+        overrides.check(words)
+        config.register()
+        overrides.register_help(conf)
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            return launch.prepare(config.load(compose("config", words), sweep=True))
+    except SpinRegError:
+        raise
+    except Exception as error:
+        raise overrides.explain(error) from error
+    finally:
+        os.chdir(here)

@@ -1,0 +1,234 @@
+"""How much disk a run may come to hold, before it holds it; and what in a run's folder nothing needs any more."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from spin_reg import durable, rundir, sources
+from spin_reg.config import Config
+from spin_reg.errors import DamagedError, NoSpace
+from spin_reg.plan import Sources, Stage, plan
+from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer, Pretrained, Tiny
+from spin_reg.specs import EvaluateSpec, GenerateSpec, PairsSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec
+
+BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
+TOKEN = 8  # bytes a token at most, as a number and as text, before compression
+ROW, SMALL = 200, 1 << 15  # bytes: what a row holds beside its tokens; a stage's small files
+SLOTS = {Optimizer.adamw: 2, Optimizer.rmsprop: 1}  # numbers a weight that the optimizer keeps
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes. `peak` is the most that is held at one time, half-written files included; the others are sums."""
+
+    peak: int
+    iterates: int
+    checkpoints: int
+    tables: int
+    counted: bool  # whether the number of examples is known
+
+    def words(self) -> str:
+        parts = (("iterates", self.iterates), ("a training checkpoint", self.checkpoints), ("tables", self.tables))
+        listed = ", ".join(f"{name} {human(size)}" for name, size in parts)
+        unknown = "" if self.counted else ", before the data are counted"
+        return f"{human(self.peak)} at most ({listed}{unknown})"
+
+
+def unneeded(
+    stages: Sequence[Stage], pending: Sequence[Stage], keep: KeepIterates, future: frozenset[str]
+) -> list[Stage]:
+    """The stages whose weights may go: none that is still to be made needs them.
+
+    Args:
+        pending: the stages still to be made. future: names of those that one more iteration would need.
+    """
+    models = [stage for stage in stages if isinstance(stage.spec, SftSpec | TrainSpec)]
+    if keep is KeepIterates.all or not models:
+        return []
+    wanted = {models[-1].name} | {stage.name for stage in pending}
+    wanted |= {need.name for stage in pending for need in stage.needs.values()}
+    wanted |= future if keep is KeepIterates.needed else set()
+    return [stage for stage in models if stage.name not in wanted]
+
+
+def future(config: Config, sources: Sources) -> frozenset[str]:
+    """Names of the stages of this plan that one more iteration would need."""
+    longer = replace(config, schedule=replace(config.schedule, iterations=config.schedule.iterations + 1))
+    now = {stage.name for stage in plan(config, sources)}
+    new = [stage for stage in plan(longer, sources) if stage.name not in now]
+    return frozenset(need.name for stage in new for need in stage.needs.values() if need.name in now)
+
+
+def human(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def parameters(model: Model) -> int:
+    """How many weights an iterate of this model has."""
+    if isinstance(model, Tiny):
+        h, v = model.hidden_size, sources.TINY_VOCABULARY
+        return model.num_layers * (4 * h * h + 3 * h * 8 * (h // 3) + 2 * h) + 2 * v * h + h
+    assert isinstance(model, Pretrained)
+    shapes = [entry["shape"] for path in sources.weight_files(model) for entry in _header(path).values()]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _header(path: Path) -> dict[str, dict[str, list[int]]]:
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    found: dict[str, dict[str, list[int]]] = header
+    return found
+
+
+def need(
+    stages: Sequence[Stage],
+    todo: Sequence[Stage],
+    model: Model,
+    rows: Mapping[Split, int],
+    keep: KeepIterates,
+    future: frozenset[str],
+) -> Need:
+    """The disk that the stages still to be made may need.
+
+    Args:
+        rows: how many examples each split has, or may have.
+        keep, future: what is removed on the way (see `unneeded`).
+    """
+    weights = parameters(model) * BYTES[model.dtype]
+    held, peak, iterates, checkpoints, tables = 0, 0, 0, 0, 0
+    gone: set[str] = set()
+    for stage in todo:
+        size, spec = SMALL, stage.spec
+        scratch = 0
+        if isinstance(spec, SftSpec | TrainSpec):
+            size += weights
+            optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
+            scratch = 2 * weights * (1 + SLOTS[optimizer])  # the next checkpoint is whole before the last one goes
+            iterates += size
+        else:
+            size += _table(stage, rows)
+            scratch = size  # shards
+            tables += size
+        checkpoints = max(checkpoints, scratch if isinstance(spec, SftSpec | TrainSpec) else 0)
+        peak = max(peak, held + size + scratch)
+        held += size
+        pending = todo[todo.index(stage) + 1 :]
+        for useless in unneeded(stages, pending, keep, future):
+            if useless.name not in gone and useless in todo:
+                gone.add(useless.name)
+                held -= weights
+    return Need(peak, iterates, checkpoints, tables, counted=rows[Split.train] > 0)
+
+
+def _table(stage: Stage, rows: Mapping[Split, int]) -> int:
+    """The most that a stage's table can hold, in bytes."""
+    spec = stage.spec
+    data = stage if isinstance(spec, PrepareSpec) else stage.needs.get("data")
+    if data is None:
+        return 0
+    assert isinstance(data.spec, PrepareSpec)
+    prompt, response = data.spec.dataset.max_prompt_tokens, data.spec.dataset.max_response_tokens
+    if isinstance(spec, PrepareSpec):
+        return sum(rows.values()) * (ROW + TOKEN * (prompt + response))
+    if isinstance(spec, GenerateSpec):
+        return rows[spec.split] * (ROW + TOKEN * spec.max_new_tokens)
+    if isinstance(spec, ScoreSpec):
+        tokens = 0 if spec.split is Split.train else response
+        return (spec.first or rows[spec.split]) * (ROW // 2 + 4 * tokens)
+    if isinstance(spec, PairsSpec):
+        answers = 1 if spec.draw is not None else len(spec.window)
+        return rows[Split.train] * answers * (ROW + TOKEN * (prompt + 2 * response))
+    return spec.num_samples * TOKEN * (prompt + 2 * response) if isinstance(spec, EvaluateSpec) else 0
+
+
+def free(folder: Path) -> int:
+    """Bytes free on the disk that holds a folder, or will."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def check(outputs: Path, needed: Need) -> None:
+    """Raise NoSpace where the disk has less than is needed."""
+    room = free(outputs)
+    if needed.peak > room:
+        raise NoSpace(
+            "The disk has no room for this run.",
+            where=str(outputs),
+            why=f"what is still to be made may need {needed.words()}; {human(room)} are free",
+            todo="make room (spin-reg gc shows what can go), set keep_iterates=needed or last, or outputs=ELSEWHERE",
+        )
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that nothing needs. `frees` is 0 where other runs hold the same file."""
+
+    path: Path
+    why: str
+    frees: int
+
+
+def garbage(root: Path, stages: Sequence[Stage], keep: KeepIterates, future: frozenset[str]) -> list[Garbage]:
+    """What can go from a run's folder: work that was given up, cut removals, weights that `keep` does not keep."""
+    planned = {f"{stage.folder}.tmp": stage for stage in stages}
+    found = [Garbage(path, "a removal that was cut short", _size(path)) for path in root.rglob(f".*{durable.REMOVED}")]
+    for work in root.rglob("*.tmp"):
+        stage = planned.get(work.relative_to(root).as_posix())
+        marker = work / rundir.MARKER
+        begun = marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else None
+        if work.is_dir() and durable.SCRATCH not in work.relative_to(root).parts:
+            if stage is None or begun not in (None, stage.fingerprint):
+                found.append(Garbage(work, "begun with other settings, and given up", _size(work)))
+            elif rundir.readable(root / stage.folder) is not None:
+                found.append(Garbage(work, "begun again, and given up: the stage is there", _size(work)))
+    pending = [stage for stage in stages if rundir.readable(root / stage.folder) is None]
+    for stage in unneeded(stages, pending, keep, future):
+        for path in sorted((root / stage.folder).glob(rundir.WEIGHTS)):
+            found.append(Garbage(path, f"no later stage needs it (keep_iterates={keep})", _size(path)))
+    return found
+
+
+def remove(root: Path, stages: Sequence[Stage], found: Sequence[Garbage]) -> None:
+    """Remove what `garbage` found; of weights the record stays, and what needs them later makes them again."""
+    models = {root / stage.folder for stage in stages}
+    for folder in sorted({item.path.parent for item in found if item.path.parent in models}):
+        rundir.drop_weights(folder)
+    for item in found:
+        durable.remove(item.path)
+
+
+def stale_index(outputs: Path) -> list[Path]:
+    """Entries of `.stages` all of whose folders are gone."""
+    found = []
+    for path in sorted((outputs / rundir.STAGES).glob("*")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if not any((outputs / line / rundir.MANIFEST).is_file() for line in lines):
+            found.append(path)
+    return found
+
+
+def _size(path: Path) -> int:
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return sum(p.stat().st_size for p in files if p.stat().st_nlink == 1)
+
+
+def counts(data: Path, num_prompts: int | None, num_heldout: int) -> dict[Split, int]:
+    """How many examples each split has: as prepared in `data`, else at most by the settings (0 where unknown)."""
+    try:
+        content = rundir.read(data, "summary.json")
+    except DamagedError:  # it is made again
+        content = None
+    if content is not None:
+        return {Split(name): int(n) for name, n in json.loads(content)["counts"].items()}
+    train, held = num_prompts or 0, num_heldout
+    limits = (train, held, train, held)
+    return dict(zip((Split.train, Split.heldout, Split.retained_train, Split.retained_heldout), limits, strict=True))

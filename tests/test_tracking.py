@@ -365,7 +365,7 @@ def test_wandb_gets_the_steps_it_lacks_and_every_model(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "{}", '{"id": 5}', '{"id": "x"}', '{"id": "0123456789ABCDEF"}']
+    "content", ["", "{", "[]", "null", "{}", '{"id": 5}', '{"id": "x"}', '{"id": "../../../x"}', "[" * 100_000, '{"id": "0123456789ABCDEF"}']
 )
 def test_a_damaged_wandb_json_is_made_anew(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "wandb.json").write_text(content)

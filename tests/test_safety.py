@@ -25,6 +25,7 @@ from spin_reg.fingerprint import digest, file_sha256
 from spin_reg.settings import Dtype, Hub, Jsonl, Pretrained
 from spin_reg.specs import Policy
 
+QUICK = ["schedule.iterations=1", "dataset.num_prompts=8", "generation.max_new_tokens=4", "evaluation=none"]
 OWN = [word for word in SMALL if not word.startswith("model.")]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -122,7 +123,7 @@ def test_the_scan_of_files_sees(tmp_path: Path) -> None:
 
 
 def test_a_run_and_a_checkpoint_hold_no_pickle(train: Callable[..., Path], tmp_path: Path) -> None:
-    root = train("schedule.iterations=1")
+    root = train(*QUICK)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2)).sum().backward()  # type: ignore[no-untyped-call]
@@ -463,7 +464,7 @@ def test_a_manifest_names_files_of_its_own_folder_alone(name: str, tmp_path: Pat
 
 def test_a_hostile_stage_of_another_run_places_nothing(train: Callable[..., Path], tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    first = train("schedule.iterations=1", name="first")
+    first = train(*QUICK, name="first")
     model = first / "iterate-00/model"
     (first / "payload").write_text("theirs")
     found = durable.read_record(model / "stage.json")
@@ -473,7 +474,7 @@ def test_a_hostile_stage_of_another_run_places_nothing(train: Callable[..., Path
     shutil.copytree(first / "data", tmp_path / "away/data")
     data_stage.write_text("../away/data\n")
     (first / "data/stage.json").unlink()
-    second = train("schedule.iterations=1", name="second")
+    second = train(*QUICK, name="second")
     assert not (second / "payload").exists()
     for stage in ("data", "iterate-00/model"):  # made here, not taken over
         assert all(p.stat().st_nlink == 1 for p in (second / stage).iterdir()), stage

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
@@ -17,6 +16,7 @@ import pytest
 from conftest import SMALL, Command, read_jsonl
 
 from spin_reg import durable, rundir, tracking
+from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.settings import Tracker, Wandb
 
 Train = Callable[..., Path]
@@ -271,16 +271,13 @@ def test_the_next_run_of_a_sweep_is_not_touched_by_a_tracker_that_was_left_behin
 def test_a_run_with_a_bad_tracker_is_the_run_without_one(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forever: Event, ended: list[int]
 ) -> None:
-    """Slow, raising (over stages that are taken over), hanging (while they are made): the process ends at once where
-    the tracker did not end well."""
+    """Raising (over stages that are taken over), hanging (while they are made): the process ends at once."""
     straight = train(*QUICK, outputs=tmp_path / "there")
-    rows = len(read_jsonl(straight / "metrics.jsonl"))
     cases = {
-        "slow": (Fake("log", lambda: time.sleep(0.02)), [], ""),
-        "raising": (Fake("log", refuse), [0], "the tracker failed (OSError: it is down)"),
-        "hanging": (Fake("open", forever.wait), [0], "the tracker did not finish within 0.1 s"),
+        "raising": (Fake("log", refuse), "the tracker failed (OSError: it is down)"),
+        "hanging": (Fake("open", forever.wait), "the tracker did not finish within 0.1 s"),
     }
-    for name, (fake, exits, told) in cases.items():
+    for name, (fake, told) in cases.items():
         ended.clear()
         monkeypatch.setattr(tracking, "_unclosed", set())
         monkeypatch.setattr(tracking, "_open", fake.open)
@@ -288,10 +285,9 @@ def test_a_run_with_a_bad_tracker_is_the_run_without_one(
         more = ["tracker=tensorboard", f"tracker.patience={patience}"]
         root = train(*QUICK, *more, name=name, outputs=tmp_path / outputs)
         assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
-        assert ended == exits
-        assert fake.rows == (list(range(rows)) if name == "slow" else [])
+        assert ended == [0] and fake.rows == []
         log = (root / "run.log").read_text()
-        assert told in log and ("WARNING spin_reg.tracking" in log) == bool(told)
+        assert told in log and log.count("WARNING spin_reg.tracking") == 1
 
 
 def test_a_process_ends_though_its_tracker_and_its_hooks_hang(tmp_path: Path) -> None:
@@ -337,7 +333,7 @@ class StubRun(SimpleNamespace):
         self.codes.append(exit_code)
 
 
-def test_wandb_gets_the_steps_it_lacks_the_samples_and_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_what_it_lacks_and_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, asked = StubRun(), {}
 
     class Artifact:
@@ -372,7 +368,15 @@ def test_wandb_gets_the_steps_it_lacks_the_samples_and_every_model(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "{}", '{"id": 5}', '{"id": "x"}', '{"id": "../../../x"}', "[" * 100_000, '{"id": "0123456789ABCDEF"}']
+    "content",
+    [
+        "",
+        "{",
+        "{}",
+        "null",
+        "[" * 100_000,
+        *(f'{{"id": {text}}}' for text in ("5", '"x"', '"../../x"', '"0123456789ABCDEF"')),
+    ],
 )
 def test_a_damaged_wandb_json_is_made_anew(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "wandb.json").write_text(content)
@@ -426,10 +430,11 @@ def test_sync_refuses_what_it_cannot_send(
         assert command("sync", root, "tracker=tensorboard").code == 4
     metrics = Path(root) / "metrics.jsonl"
     metrics.write_text('{"cut')
-    result = command("sync", root, "tracker=tensorboard")
-    assert result.code == 1 and "metrics are damaged" in result.err
+    with pytest.raises(DamagedError, match="metrics are damaged"):
+        tracking.replay(metrics, Tracker("tensorboard"), {})
     metrics.unlink()
-    assert command("sync", root, "tracker=tensorboard").code == 2
+    with pytest.raises(ConfigError, match="no metrics"):
+        tracking.replay(metrics, Tracker("tensorboard"), {})
 
 
 def test_sync_sends_to_the_runs_own_tracker_or_to_another(
@@ -443,6 +448,7 @@ def test_sync_sends_to_the_runs_own_tracker_or_to_another(
 
     fake = Fake()
     monkeypatch.setattr(tracking, "_open", opened)
+    monkeypatch.setattr(tracking, "_load", bool)
     root = recorded(tmp_path / "run", "seed=3", "tracker=wandb", "tracker.project=mine")
     for words, tracker in [
         ([], Wandb(project="mine")),

@@ -74,6 +74,8 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> li
     for path in sorted(folder.glob("checkpoint-?????????"), reverse=True):
         try:
             state = durable.read_record(path / STATE)
+            if not isinstance(state["rows"], list) or not isinstance(state["numbers"], dict):
+                raise ValueError("its fields are not what is written there")
             damaged = [file for file in (MODEL, OPTIMIZER) if file_sha256(path / file) != state["sha256"].get(file)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s is damaged (%s): its steps are done again", path / STATE, error)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from spin_reg.plan import Stage
+from spin_reg.redact import redacted
 from spin_reg.runner import State, Status
 
 COLUMNS = ("heldout_nll", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous", "length_mean")
@@ -91,7 +92,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not record.exc_info:  # an error that ends the run is told by the command
-            self._say(f"warning: {record.getMessage()}")
+            self._say(redacted(f"warning: {record.getMessage()}"))
 
 
 def iterates_table(root: Path, iterations: int) -> Table | None:

@@ -102,13 +102,13 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or CHECKSUM not in found:
+            raise ValueError("it has no checksum")
+        checksum = found.pop(CHECKSUM)
+        if digest(found) != checksum:
+            raise ValueError("its content is not what was written")
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
-    if not isinstance(found, dict) or CHECKSUM not in found:
-        raise ValueError("it has no checksum")
-    checksum = found.pop(CHECKSUM)
-    if digest(found) != checksum:
-        raise ValueError("its content is not what was written")
     return found
 
 

@@ -162,7 +162,7 @@ def wandb_id(root: Path) -> str:
     """The id of the run at W&B, in the run folder before W&B first hears of it; a damaged one is made anew."""
     path = root / WANDB_FILE
     if path.exists():
-        with suppress(ValueError, KeyError, TypeError):
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(path.read_text(encoding="utf-8"))["id"]
             if re.fullmatch("[0-9a-f]{16}", found):
                 return str(found)

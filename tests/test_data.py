@@ -108,11 +108,13 @@ def test_no_row_reaches_training_with_text_that_ends_an_answer(tmp_path: Path) -
 def test_ones_own_file_trains_the_tiny_model(train: Callable[..., Path], tmp_path: Path) -> None:
     rows = [{"question": f"{i} + 1?", "answer": f"{i + 1} é"} for i in range(40)]
     path = write(tmp_path / "mine.jsonl", [*rows, rows[0], {"question": "long", "answer": "over the limit of 16"}])
-    root = train("dataset=jsonl", f"dataset.path={path}", "dataset.max_response_tokens=16", "dataset.num_prompts=null")
+    limits = ["dataset.max_response_tokens=16", "dataset.num_prompts=null", "schedule.iterations=1"]
+    limits.append("generation.max_new_tokens=4")
+    root = train("dataset=jsonl", f"dataset.path={path}", *limits)
     summary = json.loads((root / "data/summary.json").read_text())
     assert (summary["rows"], summary["duplicates"], len(summary["dropped"])) == (42, 1, 1)
     assert "row 42 " in summary["dropped"][0]
-    metrics = json.loads((root / "iterate-02/evaluate/metrics.json").read_text())
+    metrics = json.loads((root / "iterate-01/evaluate/metrics.json").read_text())
     assert "eval/kl_data" not in metrics and metrics["eval/heldout_nll"] > 0
     row = pq.read_table(root / "iteration-00/pairs.parquet").to_pylist()[0]
     assert TOKENIZER.decode(row["real_ids"][:-1]) == row["real"]
@@ -122,8 +124,9 @@ def test_a_folder_like_a_hub_data_set_trains(train: Callable[..., Path], tmp_pat
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", [{"prompt": f"{i}?", "response": f"{i}!"} for i in range(40)])
-    root = train("dataset=hub", f"dataset.path={folder}")
-    assert len(pq.read_table(root / "iteration-01/pairs.parquet")) == 24
+    few = ["generation.max_new_tokens=8", "schedule.iterations=1", "evaluation=none"]
+    root = train("dataset=hub", f"dataset.path={folder}", *few)
+    assert len(pq.read_table(root / "iteration-00/pairs.parquet")) == 24
 
 
 @settings(max_examples=60, deadline=None)

@@ -19,11 +19,13 @@ from conftest import ROOT, SMALL, Command, Result
 from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_reg import checkpoint, data, models, render, rundir, sources
+from spin_reg import checkpoint, durable, models, render, rows, rundir, sources
 from spin_reg.errors import ConfigError, DamagedError, DataError
+from spin_reg.fingerprint import digest, file_sha256
 from spin_reg.settings import Dtype, Hub, Jsonl, Pretrained
 from spin_reg.specs import Policy
 
+QUICK = ["schedule.iterations=1", "dataset.num_prompts=8", "generation.max_new_tokens=4", "evaluation=none"]
 OWN = [word for word in SMALL if not word.startswith("model.")]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -121,12 +123,12 @@ def test_the_scan_of_files_sees(tmp_path: Path) -> None:
 
 
 def test_a_run_and_a_checkpoint_hold_no_pickle(train: Callable[..., Path], tmp_path: Path) -> None:
-    root = train("schedule.iterations=1")
+    root = train(*QUICK)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(2)).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    checkpoint.write(tmp_path, model, optimizer, 1, [])
+    checkpoint.write(tmp_path, model, optimizer, [{}])
     assert list(tmp_path.glob("checkpoint-*/optimizer.safetensors")) and list(root.rglob("*.safetensors"))
     assert pickles(tmp_path) == []
 
@@ -425,7 +427,7 @@ def a_record(root: Path, **fields: Any) -> None:
     """A run folder with a run.json."""
     root.mkdir(parents=True, exist_ok=True)
     value = {"created": "", "cwd": str(root), "iterations": 1, "overrides": [], "settings": {}, "sources": {}}
-    (root / "run.json").write_text(json.dumps(value | {"versions": {}} | fields))
+    durable.write_record(root / "run.json", value | {"versions": {}} | fields)
 
 
 @pytest.mark.parametrize(
@@ -452,43 +454,30 @@ def test_a_record_with_words_that_could_run_code_is_refused(word: Any, command: 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "..", ""])
 def test_a_manifest_names_files_of_its_own_folder_alone(name: str, tmp_path: Path) -> None:
-    value = {"fingerprint": "f", "spec": {}, "version": 1, "needs": {}}
-    (tmp_path / "stage.json").write_text(json.dumps(value | {"files": {"a": {"size": 1, "sha256": ""}}}))
+    value = {"fingerprint": "f", "spec": {}, "version": 1, "needs": {}, "inputs": {}, "content": "", "removed": []}
+    durable.write_record(tmp_path / "stage.json", value | {"files": {"a": {"size": 1, "sha256": ""}}})
     assert rundir.manifest(tmp_path) is not None
-    (tmp_path / "stage.json").write_text(json.dumps(value | {"files": {name: {"size": 1, "sha256": ""}}}))
-    with pytest.raises(DamagedError, match="stage.json|manifest"):
+    durable.write_record(tmp_path / "stage.json", value | {"files": {name: {"size": 1, "sha256": ""}}})
+    with pytest.raises(DamagedError, match=rf"it is not a manifest \(the file {name}\)"):
         rundir.manifest(tmp_path)
 
 
 def test_a_hostile_stage_of_another_run_places_nothing(train: Callable[..., Path], tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
-    first = train("schedule.iterations=1", name="first")
+    first = train(*QUICK, name="first")
     model = first / "iterate-00/model"
     (first / "payload").write_text("theirs")
-    found = json.loads((model / "stage.json").read_text())
-    found["files"]["../../payload"] = {"size": 6, "sha256": rundir.file_sha256(first / "payload")}
-    (model / "stage.json").unlink()
-    (model / "stage.json").write_text(json.dumps(found))
+    found = durable.read_record(model / "stage.json")
+    found["files"]["../../payload"] = {"size": 6, "sha256": file_sha256(first / "payload")}
+    durable.write_record(model / "stage.json", found)
     data_stage = next(p for p in (outputs / ".stages").iterdir() if "first/data" in p.read_text())
     shutil.copytree(first / "data", tmp_path / "away/data")
     data_stage.write_text("../away/data\n")
     (first / "data/stage.json").unlink()
-    second = train("schedule.iterations=1", name="second")
+    second = train(*QUICK, name="second")
     assert not (second / "payload").exists()
     for stage in ("data", "iterate-00/model"):  # made here, not taken over
         assert all(p.stat().st_nlink == 1 for p in (second / stage).iterdir()), stage
-
-
-def test_a_trackers_run_id_is_one_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from spin_reg import tracking
-    from spin_reg.settings import Wandb
-
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/wandb.json").write_text(json.dumps({"id": "../../../x"}))
-    with caplog.at_level("WARNING"), tracking.mirror(tmp_path / "run", Wandb(), {}) as mirror:
-        mirror.log(0, {"train/loss": 1.0})
-    assert "wandb.json holds no run id" in caplog.text
-    assert [p.name for p in tmp_path.rglob("*")] == ["run", "wandb.json"]
 
 
 # Hostile files
@@ -553,7 +542,21 @@ def test_hostile_tokenizer_files_are_refused(name: str, content: str, base: Path
     assert str(base) in caught.value.where
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", "null", '"text"', NESTED, '{"files": {"a": 3}}', '{"files": []}'])
+def checked(value: dict[str, Any]) -> str:
+    """A record's text with the checksum that belongs to it."""
+    return json.dumps(value | {"checksum": digest(value)})
+
+
+DEEP = '{"checksum": "", "files": ' + "[" * 900 + "]" * 900 + "}"  # not too deep to parse
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "3", "null", '"text"', NESTED, DEEP, "{}"),
+        *map(checked, [{}, {"files": {"a": 3}}, {"files": []}, {"files": {}}, {"files": {"a": {"size": 1}}}]),
+    ],
+)
 def test_hostile_records_are_refused(content: str, command: Command, tmp_path: Path) -> None:
     for name in ("run.json", "stage.json", "base.json"):
         (tmp_path / name).write_text(content)
@@ -565,12 +568,25 @@ def test_hostile_records_are_refused(content: str, command: Command, tmp_path: P
         models.load(tmp_path, Policy(Dtype.float32, None, None))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", NESTED, '{"sha256": []}', '{"sha256": {"a": 1}}'])
-def test_a_hostile_checkpoint_is_passed_over(content: str, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-000000001").mkdir()
-    (tmp_path / "checkpoint-000000001/state.json").write_text(content)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", "null", NESTED, DEEP),
+        *map(checked, [{}, {"sha256": []}, {"sha256": {}}, {"sha256": {"a": 1}}, {"sha256": {"../../a": ""}}]),
+        *({"rows": None}, {"rows": {}}, {"numbers": None}, {"numbers": []}, {"sha256": {}}, {"sha256": None}),
+    ],
+)
+def test_a_hostile_checkpoint_is_passed_over(content: str | dict[str, Any], tmp_path: Path) -> None:
+    """A text in the place of state.json, or fields of a whole one that are others."""
     model = torch.nn.Linear(1, 1)
-    assert checkpoint.read(tmp_path, model, torch.optim.SGD(model.parameters())) == (0, [])
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.write(tmp_path, model, optimizer, [{"step": 1}])
+    state = tmp_path / "checkpoint-000000001/state.json"
+    if isinstance(content, dict):
+        content = checked({k: v for k, v in (durable.read_record(state) | content).items() if v is not None})
+    state.write_text(content)
+    assert checkpoint.read(tmp_path, model, optimizer) == []
+    assert not state.parent.exists()
 
 
 TEMPLATES = {
@@ -604,8 +620,8 @@ def test_rows_that_a_template_refuses_are_rows_that_cannot_be_used(
     template = (base / "chat_template.jinja").read_text()
     refusal = "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('no bad words') }}{% endif %}"
     (base / "chat_template.jinja").write_text(refusal + template)
-    rows = [{"prompt": f"{'bad' if i < 20 else 'good'} {i}", "response": "x"} for i in range(60)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    lines = [{"prompt": f"{'bad' if i < 20 else 'good'} {i}", "response": "x"} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     own = [word for word in words(base, tmp_path / "o") if not word.startswith("dataset")]
     more = ["dataset=jsonl", f"dataset.path={tmp_path / 'rows.jsonl'}", "dataset.num_heldout=4"]
     four(command("train", *own, *more), 3, "rows would be dropped", "no bad words")
@@ -616,11 +632,11 @@ def test_hostile_parquet_is_refused_or_plain(tmp_path: Path, canary: Path) -> No
     for content in (b"", b"PAR1", b"PAR1" + b"\xff" * 100 + b"PAR1", pickle.dumps(Evil(canary))):
         path.write_bytes(content)
         with pytest.raises(DataError, match="Parquet"):
-            data.read(Jsonl(path=str(path)))
+            rows.read(Jsonl(path=str(path)))
     kind = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Evil(canary))}
     schema = pa.schema([pa.field("prompt", pa.string(), metadata=kind), pa.field("response", pa.string())])
     pq.write_table(pa.table([["a"], ["b"]], schema=schema), path)
-    (example,) = data.read(Jsonl(path=str(path)))
+    (example,), _ = rows.read(Jsonl(path=str(path)))
     assert example.messages[0]["content"] == "a"
 
 
@@ -629,7 +645,7 @@ def test_hostile_json_data_are_refused(content: str, tmp_path: Path) -> None:
     for name in ("rows.json", "rows.jsonl"):
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(DataError) as caught:
-            data.read(Jsonl(path=str(tmp_path / name)))
+            rows.read(Jsonl(path=str(tmp_path / name)))
         assert caught.value.exit_code == 3
 
 
@@ -648,4 +664,4 @@ def test_a_data_folder_with_code_or_pickles_is_refused(kind: str, tmp_path: Path
         with tarfile.open(folder / "train-0.tar", "w") as archive:
             archive.add(tmp_path / "0.pth", "0.pth")
     with pytest.raises(DataError, match="made of webdataset files" if kind == "archive" else "could not be loaded"):
-        data.read(Hub(path=str(folder)))
+        rows.read(Hub(path=str(folder)))

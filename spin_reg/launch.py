@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from spin_reg.fingerprint import plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
-from spin_reg.settings import Dataset, Hub, Jsonl, Model, Pretrained
+from spin_reg.settings import Dataset, Hub, Jsonl, KeepIterates, Model, Pretrained
 from spin_reg.specs import PrepareSpec, Split
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
@@ -128,7 +129,8 @@ def _run(planned: Planned, listener: Listener) -> None:
     with _logging(root):
         _warn_of_versions(root)
         identity = config.flatten(plain(settings))
-        kept = space.future(settings, planned.sources)
+        keep, future = settings.keep_iterates, space.future(settings, planned.sources)
+        goes = partial(space.unneeded, planned.stages, keep=keep, future=future)
         try:
             with tracking.mirror(root, settings.tracker, identity) as mirror:
                 runner.run_all(
@@ -138,7 +140,7 @@ def _run(planned: Planned, listener: Listener) -> None:
                     listener=listener,
                     sink=mirror,
                     clock=time.monotonic,
-                    unneeded=lambda pending: space.unneeded(planned.stages, pending, settings.keep_iterates, kept),
+                    unneeded=None if keep is KeepIterates.all else goes,
                 )
         except BaseException:
             log.exception("the run ended early")

@@ -140,12 +140,7 @@ def _reading(folder: Path) -> Iterator[None]:
     except (SpinRegError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
-        raise DamagedError(
-            "The weights of a model cannot be read.",
-            where=str(folder),
-            why=f"not whole safetensors files ({error})",
-            todo="put the files back as they were",
-        ) from error
+        raise sources.unreadable_weights(folder, error) from error
     except Exception as error:  # a dozen kinds; each means that these files are no model that can be used here
         why = " ".join(redacted(str(error)).split())[:300]
         raise ConfigError(

@@ -141,6 +141,7 @@ class _Builder:
         spec = TrainSpec(
             t=t,
             window=self._opponent(t).window,
+            reference=opponents.to_json(self._opponent(t).reference),
             learning_rate=at(s.learning_rate, t),
             beta=at(s.beta, t),
             epochs=int(at(s.epochs, t)),
@@ -161,14 +162,16 @@ class _Builder:
         return self._add(name, spec, needs, folder=f"iterate-{t + 1:02d}/model")
 
     def _own_scores(self, t: int, pairs: Stage) -> dict[str, Stage]:
-        """Iterate t's own log-probs of what iteration t trains on, for the self-check at its start.
+        """The score tables behind iteration t's pairs, and iterate t's own, for the self-check at its start.
 
-        They are there where the reference is made of them; where it is not (a static base), those of a few rows.
+        Iterate t's are there where the reference is made of them; where it is not (a static base), those of a few rows.
         """
-        needs = {real_role(t): pairs.needs.get(real_role(t)) or self.real(t, Split.train, first=CHECKED)}
+        needs = {role: need for role, need in pairs.needs.items() if isinstance(need.spec, ScoreSpec)}
+        if real_role(t) not in needs:
+            needs[real_role(t)] = self.real(t, Split.train, first=CHECKED)
         for j in self._opponent(t).window:
-            role = generated_role(t, j)
-            needs[role] = pairs.needs.get(role) or self.generated(t, self.answers(j, t), first=CHECKED)
+            if generated_role(t, j) not in needs:
+                needs[generated_role(t, j)] = self.generated(t, self.answers(j, t), first=CHECKED)
         return needs
 
     def _draw(self, t: int) -> Draw | None:

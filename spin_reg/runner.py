@@ -4,7 +4,7 @@ what was made otherwise."""
 import importlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -129,12 +129,12 @@ def run_all(
     sink: Sink,
     clock: Callable[[], float],
     run: Callable[[Stage, dict[str, Path], Path, Context], None] | None = None,
-    unneeded: Callable[[Sequence[Stage]], Sequence[Stage]] = lambda pending: (),
+    unneeded: Callable[[Sequence[Stage]], Sequence[Stage]] | None = None,
 ) -> None:
     """Bring every stage into being, in order; `metrics.jsonl` grows by what each stage keeps.
 
     Args:
-        unneeded: given the stages that are still to be made, those whose weights may go.
+        unneeded: given the stages that are still to be made, those whose weights may go; None: none may.
 
     Raises:
         ConfigError: a stage's folder was made with other settings. DamagedError: a source is damaged, or a stage that
@@ -143,6 +143,7 @@ def run_all(
     durable.tidy(root)
     maker = _Maker(stages, root, listener, clock, run or run_stage)
     kept = {stage.name: stage_rows(root, stage) for stage in stages}
+    _publish(root / METRICS, kept)
     sent = 0
     for index, stage in enumerate(stages, start=1):
         stopping.poll()
@@ -156,13 +157,16 @@ def run_all(
         if state.status is not Status.done and not adopted:
             maker.make(stage, Context(listener.progress, _live(sink, sent), stopping.poll))
         rundir.remember(outputs, root, stage)
-        kept[stage.name] = stage_rows(root, stage)
+        if state.status is not Status.done:
+            kept[stage.name] = stage_rows(root, stage)
+            _publish(root / METRICS, kept)
         for row in kept[stage.name]:  # a sink ignores what it has
             sink.log(sent, row)
             sent += 1
-        _publish(root / METRICS, [row for rows in kept.values() for row in rows])
-        for useless in unneeded([s for s in stages[index:] if rundir.readable(root / s.folder) is None]):
-            rundir.drop_weights(root / useless.folder)
+        if unneeded is not None:
+            pending = [later for later in stages[index:] if rundir.readable(root / later.folder) is None]
+            for useless in unneeded(pending):
+                rundir.drop_weights(root / useless.folder)
 
 
 def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:
@@ -277,8 +281,8 @@ def metrics_whole(root: Path, stages: list[Stage]) -> bool:
     return path.is_file() and path.read_bytes() == durable.jsonl([r for s in stages for r in stage_rows(root, s)])
 
 
-def _publish(path: Path, rows: Rows) -> None:
-    """Make the run's metrics.jsonl hold these rows."""
-    content = durable.jsonl(rows)
+def _publish(path: Path, kept: Mapping[str, Rows]) -> None:
+    """Make the run's metrics.jsonl hold the rows that its stages keep."""
+    content = durable.jsonl([row for rows in kept.values() for row in rows])
     if not path.exists() or path.read_bytes() != content:
         durable.write_bytes(path, content)

@@ -15,8 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from spin_reg.errors import NonFiniteError, SelfCheckError
+from spin_reg.opponents import Reference, evaluate, scorers
 from spin_reg.tables import Row
 
+Scores = Mapping[int, Mapping[str, Row]]
 ROWS = 16
 SHOWN = 8  # rows named in one error
 log = logging.getLogger(__name__)
@@ -39,11 +41,13 @@ FLOAT32, BFLOAT16 = Tolerance(1e-5, 1e-5), Tolerance(0.1, 0.02)
 
 @dataclass(frozen=True)
 class Stored:
-    """A pair and iterate t's stored log-probs of its real and its generated answer."""
+    """A pair, and what the score tables hold of its real and its generated answer: log pi_t and log r, nats."""
 
     pair: Row
     real: float
     generated: float
+    reference_real: float
+    reference_generated: float
 
     @property
     def name(self) -> str:
@@ -54,17 +58,26 @@ class Stored:
         return len(self.pair["real_ids"]), len(self.pair["generated_ids"])
 
 
-def chosen(pairs: Sequence[Row], real: Mapping[str, Row], generated: Mapping[int, Mapping[str, Row]]) -> list[Stored]:
+def chosen(
+    pairs: Sequence[Row], t: int, reference: Reference, real: Scores, generated: Mapping[int, Scores]
+) -> list[Stored]:
     """The first pairs for which iterate t's log-probs of both answers are stored.
 
     Args:
-        real: scores of real answers by example_id. generated: of generated ones, by the iterate that gave them.
+        real: scores of real answers by scoring iterate and example_id. generated: the same of generated answers, by the
+            iterate that gave them.
     """
     found: list[Stored] = []
     for pair in pairs:
-        name, scored = pair["example_id"], generated.get(pair["sampled_from"], {})
-        if name in real and name in scored and len(found) < ROWS:
-            found.append(Stored(pair, float(real[name]["logprob"]), float(scored[name]["logprob"])))
+        name, j = pair["example_id"], pair["sampled_from"]
+        if len(found) < ROWS and name in real[t] and name in generated[j][t]:
+            tables = (real, generated[j])
+            own = [float(table[t][name]["logprob"]) for table in tables]
+            mixed = [
+                evaluate(reference, {k: float(table[k][name]["logprob"]) for k in scorers(reference, j)}, j)
+                for table in tables
+            ]
+            found.append(Stored(pair, own[0], own[1], mixed[0], mixed[1]))
     return found
 
 
@@ -138,7 +151,7 @@ def _refuse_nonfinite(name: str, values: Sequence[float], stored: Sequence[Store
 
 def _delta(s: Stored, length_norm: bool) -> float:
     """Delta of a pair from the tables alone."""
-    ratios = [s.real - s.pair["reference_real_logprob"], s.generated - s.pair["reference_generated_logprob"]]
+    ratios = [s.real - s.reference_real, s.generated - s.reference_generated]
     if length_norm:
         ratios = [ratio / length for ratio, length in zip(ratios, s.lengths, strict=True)]
     return float(ratios[0] - ratios[1])

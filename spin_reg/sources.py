@@ -1,13 +1,16 @@
 """Where models and data come from: local folders and files, or the Hub; resolved and hashed without torch."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from spin_reg.errors import ConfigError, DataError
+from safetensors import SafetensorError, safe_open
+
+from spin_reg.errors import ConfigError, DamagedError, DataError
 from spin_reg.fingerprint import digest, file_sha256
 from spin_reg.redact import redacted
-from spin_reg.settings import Dataset, Generation, Hub, Jsonl, Model, Pretrained
+from spin_reg.settings import Dataset, Generation, Hub, Jsonl, Model, Pretrained, Tiny
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 CODE_FILES = ("*.py",)  # where model.trust_remote_code runs them; left alone otherwise
@@ -108,6 +111,36 @@ def weight_files(model: Pretrained) -> list[Path]:
         return [folder / name for name in sorted(set(json_object(index)["weight_map"].values()))]
     single = folder / "model.safetensors"
     return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
+
+
+def parameters(model: Model) -> int:
+    """How many weights an iterate of this model has, from the headers of its files.
+
+    Raises:
+        DamagedError: they are no safetensors files.
+    """
+    if isinstance(model, Tiny):
+        h, v = model.hidden_size, TINY_VOCABULARY
+        return model.num_layers * (4 * h * h + 3 * h * 8 * (h // 3) + 2 * h) + 2 * v * h + h
+    assert isinstance(model, Pretrained)
+    total = 0
+    for path in weight_files(model):
+        try:
+            with safe_open(path, framework="np") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise unreadable_weights(path, error) from error
+    return total
+
+
+def unreadable_weights(where: Path, error: Exception) -> DamagedError:
+    """The error for weights that are no whole safetensors files."""
+    return DamagedError(
+        "The weights of a model cannot be read.",
+        where=str(where),
+        why=f"not whole safetensors files ({error})",
+        todo="put the files back as they were",
+    )
 
 
 def model_revision(model: Pretrained) -> str | None:

@@ -1,7 +1,6 @@
 """How much disk a run may come to hold, before it holds it; and what in a run's folder nothing needs any more."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from spin_reg import durable, rundir, sources
 from spin_reg.config import Config
 from spin_reg.errors import DamagedError, NoSpace
 from spin_reg.plan import Sources, Stage, plan
-from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer, Pretrained, Tiny
+from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer
 from spin_reg.specs import EvaluateSpec, GenerateSpec, PairsSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
@@ -71,25 +70,6 @@ def human(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def parameters(model: Model) -> int:
-    """How many weights an iterate of this model has."""
-    if isinstance(model, Tiny):
-        h, v = model.hidden_size, sources.TINY_VOCABULARY
-        return model.num_layers * (4 * h * h + 3 * h * 8 * (h // 3) + 2 * h) + 2 * v * h + h
-    assert isinstance(model, Pretrained)
-    shapes = [entry["shape"] for path in sources.weight_files(model) for entry in _header(path).values()]
-    return sum(math.prod(shape) for shape in shapes)
-
-
-def _header(path: Path) -> dict[str, dict[str, list[int]]]:
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    found: dict[str, dict[str, list[int]]] = header
-    return found
-
-
 def need(
     stages: Sequence[Stage],
     todo: Sequence[Stage],
@@ -104,7 +84,7 @@ def need(
         rows: how many examples each split has, or may have.
         keep, future: what is removed on the way (see `unneeded`).
     """
-    weights = parameters(model) * BYTES[model.dtype]
+    weights = sources.parameters(model) * BYTES[model.dtype]
     held, peak, iterates, checkpoints, tables = 0, 0, 0, 0, 0
     gone: set[str] = set()
     for stage in todo:

@@ -146,7 +146,7 @@ class PairsSpec(Kept):
 
 @dataclass(frozen=True)
 class TrainSpec(Kept):
-    """One iteration's training: iterate t + 1 from iterate t."""
+    """One iteration's training: iterate t + 1 from iterate t. `window` and `reference` are those of its pairs."""
 
     kind: ClassVar[str] = "train"
     version: ClassVar[int] = 1
@@ -154,6 +154,7 @@ class TrainSpec(Kept):
 
     t: int
     window: tuple[int, ...]
+    reference: Any
     learning_rate: float
     beta: float
     epochs: int

@@ -41,6 +41,19 @@ class Result:
 Command = Callable[..., Result]
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two things that cost much here and change nothing: fsync (no test cuts the power), and that Hydra composes all
+    settings twice, the first time only to read `hydra.mode`; without it the flag -m decides.
+    """
+    from hydra._internal.hydra import Hydra
+
+    from spin_reg import durable
+
+    monkeypatch.setattr(durable, "sync", lambda path: None)
+    monkeypatch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """`spin-reg WORDS...` through its real entry point."""

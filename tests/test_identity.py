@@ -61,6 +61,7 @@ TABLE = [
     Row("hardware.precision", RESULT, "bf16"),
     Row("hardware.score_batch_size", RUNTIME, "3"),
     Row("hardware.threads", RUNTIME, "1"),
+    Row("keep_iterates", RUNTIME, "last"),
     Row("loss", RESULT, "ipo"),
     Row("loss.length_norm", RESULT, "mean", given="regularizer=none"),
     Row("loss.name", RESULT, "hinge"),
@@ -212,7 +213,7 @@ def own(stage: Stage) -> str:
         ("seed=1", {"sft", "generate", "train"}),
         ("schedule.beta=0.3", {"train", "evaluate"}),
         ("loss.name=hinge", {"train"}),
-        ("alpha=0.25", {"pairs", "evaluate"}),
+        ("alpha=0.25", {"pairs", "train", "evaluate"}),
     ],
 )
 def test_a_setting_is_part_of_the_stages_it_acts_in(word: str, kinds: set[str]) -> None:

@@ -58,12 +58,6 @@ def stub(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) ->
     durable.write_jsonl(work / "metrics.jsonl", [row])
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kill of the process leaves does not hang on fsync, and here there are thousands."""
-    monkeypatch.setattr(durable, "sync", lambda path: None)
-
-
 def run(
     plan_: list[Stage], outputs: Path, name: str = "run", *, stage: Callable[..., None] = stub, until: int | None = None
 ) -> Sink:

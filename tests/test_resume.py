@@ -198,7 +198,7 @@ def test_evaluate_needs_no_word_but_the_run(train: Train, command: Command) -> N
     assert command("evaluate", "--help").code == 0 and command("resume", "--help").code == 0
 
 
-@pytest.mark.parametrize("content", ['{"a"', "{}", "[]"])
+@pytest.mark.parametrize("content", ['{"a"', "[]"])
 def test_a_damaged_record_is_named_and_hides_no_other_run(content: str, train: Train, command: Command) -> None:
     bad, good = train("schedule.iterations=1", name="bad"), train("schedule.iterations=1", name="good")
     (bad / "run.json").write_text(content)

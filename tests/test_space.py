@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import models, rundir, space
+from spin_reg import models, rundir, sources, space
 from spin_reg.settings import Pretrained, Tiny
 
 Train = Callable[..., Path]
@@ -33,7 +33,7 @@ def test_weights_are_counted_without_loading_them(shape: tuple[int, int, int], t
     model = models.start(spec)
     count = sum(p.numel() for p in model.model.parameters())
     models.save(model, tmp_path)
-    assert space.parameters(spec) == space.parameters(Pretrained(name_or_path=str(tmp_path))) == count
+    assert sources.parameters(spec) == sources.parameters(Pretrained(name_or_path=str(tmp_path))) == count
 
 
 @pytest.mark.parametrize("words", [["regularizer=fictitious_play"], ["keep_iterates=last"]])
@@ -74,9 +74,11 @@ def test_a_disk_without_room_exits_6_before_anything_is_made(
     ("words", "left", "longer"),
     [
         (["alpha=0.5", "keep_iterates=last"], [2], [3]),
-        (["alpha=0.5", "keep_iterates=needed"], [0, 2], [0, 3]),
+        pytest.param(["alpha=0.5", "keep_iterates=needed"], [0, 2], [0, 3], marks=pytest.mark.slow),
         (["regularizer=mixture_of_two", "keep_iterates=needed"], [0, 1, 2], [0, 2, 3]),
-        (["regularizer=fictitious_play", "keep_iterates=needed"], [0, 1, 2], [0, 1, 2, 3]),
+        pytest.param(
+            ["regularizer=fictitious_play", "keep_iterates=needed"], [0, 1, 2], [0, 1, 2, 3], marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )

@@ -46,7 +46,10 @@ def same(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("kind", "number"),
-    [(kind, SIGNALS[i % 3]) for i, kind in enumerate(KINDS)],
+    [
+        pytest.param(kind, SIGNALS[i % 3], marks=[] if kind in ("generate", "score", "train") else pytest.mark.slow)
+        for i, kind in enumerate(KINDS)
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_a_signal_in_any_stage_stops_the_run_and_the_same_command_goes_on(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin_reg import durable, join, models, selfcheck, tables
+from spin_reg import durable, join, models, opponents, selfcheck, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, batches, fit
 from spin_reg.logprobs import collate, sequence_logprobs
@@ -106,16 +106,18 @@ def self_check(
         ]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
-    stored = selfcheck.chosen(
-        rows,
-        join.scores(inputs[real_role(spec.t)]),
-        {j: join.scores(inputs[generated_role(spec.t, j)]) for j in spec.window},
-    )
+    t, reference = spec.t, opponents.from_json(spec.reference)
+    real = {k: join.scores(inputs[real_role(k)]) for k in opponents.support(reference) | {t}}
+    generated = {
+        j: {k: join.scores(inputs[generated_role(k, j)]) for k in opponents.scorers(reference, j) | {t}}
+        for j in spec.window
+    }
+    stored = selfcheck.chosen(rows, t, reference, real, generated)
     coarse = spec.policy.dtype is Dtype.bfloat16 or spec.hardware.precision is Precision.bf16
     found = selfcheck.compare(
         stored,
         terms,
-        t=spec.t,
+        t=t,
         beta=spec.beta,
         length_norm=spec.loss.length_norm is LengthNorm.mean,
         tolerance=selfcheck.BFLOAT16 if coarse else selfcheck.FLOAT32,

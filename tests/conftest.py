@@ -72,6 +72,23 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return run
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A run for the tests of a module to compare with: `undisturbed(words...)` returns its folder."""
+
+    def run(*words: str) -> Path:
+        from spin_reg import cli
+
+        outputs = tmp_path_factory.mktemp("undisturbed")
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", ["spin-reg", "train", *words, f"outputs={outputs}"])
+            cli.main()
+        assert not end.value.code
+        return outputs / "run"
+
+    return run
+
+
 @pytest.fixture
 def train(command: Command, tmp_path: Path) -> Callable[..., Path]:
     """A small run that must succeed; returns its folder."""

@@ -23,14 +23,9 @@ WORDS = [*SMALL, "regularizer=fictitious_play", "schedule.epochs=2", "run_name=r
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def straight(undisturbed: Callable[..., Path]) -> Path:
     """The run that nothing disturbed."""
-    outputs = tmp_path_factory.mktemp("straight")
-    done = subprocess.run(
-        [sys.executable, "-m", "spin_reg", "train", *WORDS, f"outputs={outputs}"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return outputs / "run"
+    return undisturbed(*WORDS)
 
 
 def same(one: Path, other: Path) -> bool:

@@ -196,6 +196,8 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
             return
         try:
             task(cfg)
+        except BrokenPipeError:
+            raise
         except Exception as error:
             failures.append(_ours(error, traceback_wanted=bool(shown)))
             _report(failures[-1])

@@ -186,3 +186,9 @@ def test_golden_experiments() -> None:
     for name, expected in golden.items():
         words = [] if name == "default" else [f"experiment={name}"]
         assert config.identity_settings(composed(*words)) == expected, f"{name}: see CONTRIBUTING.md on golden files"
+
+
+def test_a_reader_that_goes_away_is_no_failure_of_ours(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m spin_reg plan schedule.iterations=9 regularizer=fictitious_play | head -1"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("run ") and done.stderr == ""

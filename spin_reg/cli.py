@@ -189,6 +189,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     shown = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting
     failures: list[SpinRegError] = []
+    unread: list[BrokenPipeError] = []
 
     def guarded(cfg: Any) -> None:
         """One run; its failure is told at once, and in a sweep the other points still run, unless a signal came."""
@@ -196,8 +197,8 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
             return
         try:
             task(cfg)
-        except BrokenPipeError:
-            raise
+        except BrokenPipeError as error:  # Hydra would print what it catches
+            unread.append(error)
         except Exception as error:
             failures.append(_ours(error, traceback_wanted=bool(shown)))
             _report(failures[-1])
@@ -214,6 +215,8 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     finally:
         if shown is None:
             del os.environ["HYDRA_FULL_ERROR"]
+    if unread:
+        raise unread[0]
     codes = [failure.exit_code for failure in failures]
     return Stopped.exit_code if Stopped.exit_code in codes else next(iter(codes), 0)
 

@@ -237,3 +237,14 @@ def test_a_disk_that_is_full_while_weights_are_saved_exits_6(
         result = command("train", *SMALL, f"outputs={tmp_path}", "run_name=run")
     assert result.code == 6 and "No space left" in result.err
     assert command("train", *SMALL, f"outputs={tmp_path}", "run_name=run").code == 0
+
+
+def test_other_package_versions_are_told_when_a_run_goes_on(train: Train, command: Command) -> None:
+    from spin_reg import durable
+
+    root = train("schedule.iterations=1")
+    saved = durable.read_record(root / "run.json")
+    saved["versions"]["transformers"] = "4.0"
+    durable.write_record(root / "run.json", saved)
+    result = command("resume", str(root), "schedule.iterations=2")
+    assert result.code == 0 and "versions differ from those this run began with: transformers 4.0 ->" in result.err

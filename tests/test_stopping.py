@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,21 @@ from conftest import SMALL, Command, weights
 
 from spin_reg import fit, runner
 from spin_reg.context import Context
-from spin_reg.stages import generate
+from spin_reg.stages import generate, score
 
 Train = Callable[..., Path]
 KINDS = ["prepare", "sft", "generate", "score", "pairs", "train", "evaluate"]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 WORDS = [*SMALL, "regularizer=fictitious_play", "schedule.epochs=2", "run_name=run"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shards_of_eight() -> Iterator[None]:
+    """So that a stage of 24 rows has three."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "SHARD", 8)
+        patch.setattr(score, "SHARD", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,6 @@ def test_a_signal_in_any_stage_stops_the_run_and_the_same_command_goes_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generate, "SHARD", 8)
     real, steps = runner.run_stage, [0]
 
     def disturbed(stage: Any, inputs: dict[str, Path], work: Path, context: Context) -> None:
@@ -68,9 +76,9 @@ def test_a_signal_in_any_stage_stops_the_run_and_the_same_command_goes_on(
                 os.kill(os.getpid(), number)
             context.progress(done, total, unit)
 
-        if stage.kind == kind and kind in ("prepare", "pairs", "evaluate", "score"):
+        if stage.kind == kind and kind in ("prepare", "pairs", "evaluate"):
             os.kill(os.getpid(), number)
-        own = stage.kind == kind and kind in ("sft", "generate", "train")
+        own = stage.kind == kind and kind in ("sft", "generate", "score", "train")
         real(stage, inputs, work, Context(progress if own else context.progress, context.log, context.poll))
 
     update = fit._State.update
@@ -100,6 +108,8 @@ def held(code: str, words: list[str], tmp_path: Path) -> subprocess.Popen[str]:
 
 BUSY = """
 from spin_reg import fit
+from spin_reg.stages import generate, score
+generate.SHARD = score.SHARD = 8
 from spin_reg.fit import _State
 real = _State.update
 def update(self, row):

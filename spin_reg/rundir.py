@@ -103,7 +103,7 @@ def damaged_run(path: Path, why: str) -> DamagedError:
 
 def damaged(path: Path, why: str) -> DamagedError:
     """The error that names a damaged file of a finished stage."""
-    todo = f"put it back from a copy, or delete {path.parent} and run the same command: the stage is made again"
+    todo = f"put it back from a copy, or delete {path.parent / MANIFEST}: the same command then makes the stage again"
     return DamagedError("A file of a finished stage is damaged.", where=str(path), why=why, todo=todo)
 
 

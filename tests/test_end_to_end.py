@@ -59,6 +59,7 @@ def test_every_option_runs(words: list[str], train: Train, outputs: Path) -> Non
     assert all(math.isfinite(row["train/loss"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_number(train: Train, tmp_path: Path) -> None:
     plain = train(outputs=tmp_path / "a")
     checkpointed = train("hardware.gradient_checkpointing=true", outputs=tmp_path / "b")

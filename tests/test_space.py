@@ -36,7 +36,9 @@ def test_weights_are_counted_without_loading_them(shape: tuple[int, int, int], t
     assert sources.parameters(spec) == sources.parameters(Pretrained(name_or_path=str(tmp_path))) == count
 
 
-@pytest.mark.parametrize("words", [["regularizer=fictitious_play"], ["keep_iterates=last"]])
+@pytest.mark.parametrize(
+    "words", [["regularizer=fictitious_play"], pytest.param(["keep_iterates=last"], marks=pytest.mark.slow)]
+)
 def test_the_estimate_holds_and_is_not_far_off(
     words: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,9 +75,11 @@ def test_a_disk_without_room_exits_6_before_anything_is_made(
 @pytest.mark.parametrize(
     ("words", "left", "longer"),
     [
-        (["alpha=0.5", "keep_iterates=last"], [2], [3]),
-        pytest.param(["alpha=0.5", "keep_iterates=needed"], [0, 2], [0, 3], marks=pytest.mark.slow),
-        (["regularizer=mixture_of_two", "keep_iterates=needed"], [0, 1, 2], [0, 2, 3]),
+        pytest.param(["alpha=0.5", "keep_iterates=last"], [2], [3], marks=pytest.mark.slow),
+        (["alpha=0.5", "keep_iterates=needed"], [0, 2], [0, 3]),
+        pytest.param(
+            ["regularizer=mixture_of_two", "keep_iterates=needed"], [0, 1, 2], [0, 2, 3], marks=pytest.mark.slow
+        ),
         pytest.param(
             ["regularizer=fictitious_play", "keep_iterates=needed"], [0, 1, 2], [0, 1, 2, 3], marks=pytest.mark.slow
         ),

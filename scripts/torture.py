@@ -42,7 +42,7 @@ ARMS = {
     "kl": [*TINY, "alpha=0.5"],
     "fictitious_play": FICTITIOUS,
     "mixture_of_two": [*TINY, "regularizer=mixture_of_two"],
-    "fictitious_play, pairs=union": [*FICTITIOUS, "regularizer.pairs=union"],
+    "fictitious_play-union": [*FICTITIOUS, "regularizer.pairs=union"],
 }
 APART = ("run.json", "run.log", "config.yaml", ".lock", ".owner.json")  # hold times; run.json is compared by no one
 SOURCES = ("model/", "run.json")  # what is refused where it is damaged; the rest is made again
@@ -298,7 +298,7 @@ def pretrained(model: str | None, data: str | None) -> dict[str, list[str]]:
         *("schedule.iterations=1", "schedule.epochs=1", "schedule.batch_size=4", "schedule.save_every=1"),
         *("schedule.learning_rate=1e-6", "hardware.threads=1", "run_name=run"),
     ]
-    return {"kl on a pretrained model": words}
+    return {"kl-pretrained": words}
 
 
 if __name__ == "__main__":

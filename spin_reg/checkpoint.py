@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spin_reg import durable
-from spin_reg.errors import NonFiniteError
+from spin_reg.errors import NonFiniteError, SpinRegError
 from spin_reg.fingerprint import file_sha256
 
 STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
@@ -39,7 +39,25 @@ def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows
     target, temporary = folder / name, folder / f"{name}.tmp"
     if target.exists():
         return  # equal steps make equal states
-    durable.remove(temporary)
+    _clear(folder)
+    try:
+        _write(temporary, model, optimizer, rows)
+        older = sorted(folder.glob("checkpoint-?????????"))
+        durable.rename_folder(temporary, target)
+    except SpinRegError:
+        _clear(folder)  # on a full disk half a checkpoint is in the way
+        raise
+    for path in older:
+        durable.remove(path)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the checkpoints that were not finished."""
+    for path in folder.glob("checkpoint-*.tmp"):
+        durable.remove(path)
+
+
+def _write(temporary: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
     durable.make_folder(temporary)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     tensors, numbers = _flatten(optimizer.state_dict())
@@ -48,10 +66,6 @@ def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows
         durable.write_bytes(temporary / file, save(content))
         hashes[file] = file_sha256(temporary / file)
     durable.write_record(temporary / STATE, {"numbers": numbers, "rows": rows, "sha256": hashes})
-    older = sorted(folder.glob("checkpoint-?????????"))
-    durable.rename_folder(temporary, target)
-    for path in older:
-        durable.remove(path)
 
 
 def refuse_nonfinite(model: nn.Module, where: str) -> None:
@@ -71,6 +85,7 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> li
 
     A checkpoint is a cache of work: one that does not verify is named in the log, and its steps are done again.
     """
+    _clear(folder)
     for path in sorted(folder.glob("checkpoint-?????????"), reverse=True):
         try:
             state = durable.read_record(path / STATE)

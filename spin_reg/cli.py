@@ -153,8 +153,7 @@ def _replay(cfg: Any) -> None:
 def _gc(program: str, words: list[str]) -> int:
     from spin_reg import runs
 
-    runs.gc(words, conf_dir())
-    return 0
+    return runs.gc(words, conf_dir())
 
 
 def _status(program: str, words: list[str]) -> int:
@@ -241,6 +240,7 @@ def _planned(cfg: Any, *, only_evaluate: bool = False) -> Any:
 
 def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from spin_reg import launch
     from spin_reg.console import Screen
@@ -256,6 +256,8 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
                 screen.close()
             planned = replace(planned, made=True)
         _closing_words(planned, screen)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            stopping.poll()  # a signal that came when this point was all but done is meant for the others
 
 
 def _closing_words(planned: Any, screen: Any) -> None:

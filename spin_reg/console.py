@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from spin_reg import rundir
+from spin_reg.errors import DamagedError
 from spin_reg.plan import Stage
 from spin_reg.redact import redacted
 from spin_reg.runner import State, Status
@@ -22,17 +24,25 @@ PIPED_WIDTH = 140
 EVERY = 10.0  # seconds between plain progress lines
 
 
+class _Console(Console):
+    """Once nobody reads it any more, it says no more: the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Screen:
     """Listens to the runner; one line a stage, with a live bar where there is a terminal."""
 
     def __init__(self) -> None:
         terminal = sys.stderr.isatty()
-        self.console = Console(file=sys.stderr, highlight=False, width=None if terminal else PIPED_WIDTH)
+        self.console = _Console(file=sys.stderr, highlight=False, width=None if terminal else PIPED_WIDTH)
         self._bar: Progress | None = None
+        self._titles: dict[str, str] = {}  # a stage may begin inside another, to make what that one needs again
         self._title, self._began, self._said = "", 0.0, 0.0
 
     def stage(self, index: int, total: int, stage: Stage, state: State) -> None:
-        self._title = f"[{index}/{total}] {stage.name}"
+        self._title = self._titles[stage.name] = f"[{index}/{total}] {stage.name}"
         self._began = self._said = time.monotonic()
         if state.status is Status.reuse:
             self._line(f"{self._title}  reused: {state.reason}")
@@ -60,7 +70,7 @@ class Screen:
 
     def finished(self, stage: Stage, seconds: float) -> None:
         self.close()
-        self._line(f"{self._title}  {seconds:.1f} s")
+        self._line(f"{self._titles[stage.name]}  {seconds:.1f} s")
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
@@ -99,9 +109,12 @@ def iterates_table(root: Path, iterations: int) -> Table | None:
     """The metrics of every iterate, one row each; None where none was evaluated."""
     found: dict[int, dict[str, float]] = {}
     for k in range(iterations + 1):
-        path = root / f"iterate-{k:02d}" / "evaluate" / "metrics.json"
-        if path.exists():
-            found[k] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = rundir.read(root / f"iterate-{k:02d}" / "evaluate", "metrics.json")
+        except DamagedError:  # of a run that is not evaluated any more; else it was made again
+            content = None
+        if content is not None:
+            found[k] = json.loads(content)
     names = [name for name in COLUMNS if any(f"eval/{name}" in values for values in found.values())]
     if not names:
         return None

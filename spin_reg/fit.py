@@ -97,6 +97,7 @@ def fit(
     out: Path,
     context: Context,
     before: Callable[[PreTrainedModel], None] = lambda model: None,
+    after: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Train the model in place; a call after a kill goes on from the last checkpoint in `out`.
 
@@ -106,7 +107,8 @@ def fit(
         weight: what a step's sums are divided by, given its rows.
         name: a row's id, for error messages.
         prefix: of the metrics' names.
-        before: called with the prepared model where training starts from its beginning.
+        before: called with the prepared model where training starts from its beginning. after: called at the end, while
+            a signal still keeps every step; it saves the model.
 
     Returns:
         One metrics row a step.
@@ -128,9 +130,7 @@ def fit(
         before(model)
     with stopping.saving(state.keep):
         for step in range(len(state.metrics), len(steps)):
-            rate = spec.learning_rate * lr_factor(spec.lr_scheduler, step, len(steps), spec.warmup_ratio)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = _set_rate(optimizer, spec, step, len(steps))
             where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
             try:
                 sums = _gradients(model, steps[step], loss, weight, name, spec, accelerator, where, context.poll)
@@ -146,7 +146,7 @@ def fit(
             context.progress(step + 1, len(steps), "step")
             if (step + 1) % spec.save_every == 0 and step + 1 < len(steps):
                 state.keep()
-    checkpoint.refuse_nonfinite(inner, f"iteration {spec.iteration}, after the last step")
+        _finish(state, spec, len(steps), after)
     if spec.gradient_checkpointing:
         _checkpointing(inner, "disable")()
         inner.eval()
@@ -173,6 +173,20 @@ class _State:
         with self.lock:
             if self.metrics:
                 checkpoint.write(self.folder, self.model, self.optimizer.optimizer, self.metrics)
+
+
+def _set_rate(optimizer: Any, spec: FitSpec, step: int, total: int) -> float:
+    rate = spec.learning_rate * lr_factor(spec.lr_scheduler, step, total, spec.warmup_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _finish(state: _State, spec: FitSpec, steps: int, after: Callable[[], None]) -> None:
+    checkpoint.refuse_nonfinite(state.model, f"iteration {spec.iteration}, after the last step")
+    if steps > spec.save_every:
+        state.keep()  # what follows takes long where this took long
+    after()
 
 
 def _without_dropout(model: PreTrainedModel, gradient_checkpointing: bool) -> None:

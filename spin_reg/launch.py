@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 
 from spin_reg import __version__, config, durable, rundir, runner, sources, space, tracking
 from spin_reg.config import Config
-from spin_reg.errors import ConfigError
+from spin_reg.errors import ConfigError, RunBusy
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
@@ -44,6 +44,7 @@ class Planned:
     sources: Sources
     stages: list[Stage]
     states: list[State]
+    whole: bool = True  # False where only evaluations were planned
     made: bool = False
 
     @property
@@ -79,7 +80,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         kept = evaluations(stages, there)
         states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
         stages = [stage for stage in stages if stage.name in kept]
-    return Planned(settings, root, outputs, found, stages, states)
+    return Planned(settings, root, outputs, found, stages, states, whole=not only_evaluate)
 
 
 def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> None:
@@ -102,6 +103,9 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
         saved = _saved(root)
         if saved is not None:  # another process may have made it since we looked
             _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
+            if saved["iterations"] > settings.schedule.iterations:
+                why, todo = "another process has just given it more iterations", "run the same command again"
+                raise RunBusy("This run has changed.", where=str(root), why=why, todo=todo)
         _environment(settings)
         _write_provenance(planned, overrides)
         _run(planned, listener)
@@ -140,7 +144,7 @@ def _run(planned: Planned, listener: Listener) -> None:
                     listener=listener,
                     sink=mirror,
                     clock=time.monotonic,
-                    unneeded=None if keep is KeepIterates.all else goes,
+                    unneeded=goes if planned.whole and keep is not KeepIterates.all else None,
                 )
         except BaseException:
             log.exception("the run ended early")
@@ -266,10 +270,22 @@ class _Redacting(logging.Formatter):
         return redacted(super().format(record))
 
 
+class _RunLog(logging.FileHandler):
+    """A log that a full disk cannot turn into a failure, nor a failure into another one."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """What cannot be written is left out."""
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is left in the buffer
+            super().close()
+
+
 @contextmanager
 def _logging(root: Path) -> Iterator[None]:
     """Everything logged below `spin_reg` goes to run.log while the run is open."""
-    handler = logging.FileHandler(root / "run.log", encoding="utf-8")
+    with durable.disk_errors(root / "run.log"):
+        handler = _RunLog(root / "run.log", encoding="utf-8")
     handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("spin_reg")
     logger.setLevel(logging.INFO)

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spin_reg import durable
-from spin_reg.errors import DamagedError, RunBusy
+from spin_reg.errors import DamagedError, RunBusy, SpinRegError
 from spin_reg.fingerprint import digest, file_sha256, plain
 from spin_reg.plan import Stage
 
@@ -156,25 +156,30 @@ def read(folder: Path, name: str) -> bytes | None:
     return content
 
 
-def begin(root: Path, stage: Stage) -> tuple[Path, bool]:
+def begin(root: Path, stage: Stage, inputs: Mapping[str, str]) -> tuple[Path, bool]:
     """The folder to make the stage in, and whether all is made there and only the last rename is missing.
 
-    What an interrupted call left stays if it was for the same stage.
+    What an interrupted call left stays if it was for the same stage and the same inputs, to the byte.
     """
     work = root / f"{stage.folder}.tmp"
     try:
         sealed = manifest(work)
-        if sealed is not None and sealed["fingerprint"] == stage.fingerprint:
+        if sealed is not None and (sealed["fingerprint"], sealed["inputs"]) == (stage.fingerprint, dict(inputs)):
             check_hashes(work, sealed)
             return work, True
     except DamagedError:
         durable.remove(work)
-    marker = work / MARKER
-    if not marker.exists() or marker.read_bytes() != stage.fingerprint.encode():
+    marker, mark = work / MARKER, begun_as(stage, inputs)
+    if not marker.exists() or marker.read_bytes() != mark:
         durable.remove(work)
         durable.make_folder(marker.parent)
-        durable.write_bytes(marker, stage.fingerprint.encode())
+        durable.write_bytes(marker, mark)
     return work, False
+
+
+def begun_as(stage: Stage, inputs: Mapping[str, str | None]) -> bytes:
+    """What marks begun work as that of this stage from these inputs."""
+    return digest([stage.fingerprint, dict(inputs)]).encode()
 
 
 def seal(stage: Stage, work: Path, inputs: Mapping[str, str]) -> None:
@@ -187,12 +192,13 @@ def seal(stage: Stage, work: Path, inputs: Mapping[str, str]) -> None:
     for path in sorted(p for p in work.rglob("*") if p.is_file()):
         name = path.relative_to(work)
         if not any(part.startswith(".") for part in name.parts) and name.name != MANIFEST:
-            path.chmod(0o444)
             files[name.as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     needs = {role: need.fingerprint for role, need in stage.needs.items()}
     value = {"name": stage.name, "kind": stage.kind, "version": stage.spec.version, "fingerprint": stage.fingerprint}
     value |= {"spec": plain(stage.spec), "needs": needs, "inputs": dict(inputs)}
     durable.write_record(work / MANIFEST, value | {"files": files, "content": digest(files), "removed": []})
+    for made in (*files, MANIFEST):  # not before: an interrupted stage must be able to write them again
+        (work / made).chmod(0o444)
 
 
 def publish(root: Path, stage: Stage, work: Path) -> None:
@@ -210,18 +216,17 @@ def publish(root: Path, stage: Stage, work: Path) -> None:
 
 def remember(outputs: Path, root: Path, stage: Stage) -> None:
     """Note in `outputs/.stages` where this finished stage lies."""
-    path = outputs / STAGES / stage.fingerprint
     line = str((root / stage.folder).relative_to(outputs))
-    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if line not in known:
+    path = outputs / STAGES / f"{stage.fingerprint}-{digest(line)[:16]}"  # one run's own: runs at work share the folder
+    if not path.is_file() or path.read_bytes() != line.encode():
         durable.make_folder(path.parent)
-        durable.write_bytes(path, "\n".join([*known, line, ""]).encode())
+        durable.write_bytes(path, line.encode())
 
 
 def elsewhere(outputs: Path, stage: Stage, inputs: Mapping[str, str | None]) -> list[Path]:
     """Other runs' folders of this stage, made from the same inputs; sizes are looked at, contents are not."""
-    path = outputs / STAGES / stage.fingerprint
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    entries = sorted((outputs / STAGES).glob(f"{stage.fingerprint}-*"))
+    lines = [path.read_text(encoding="utf-8", errors="replace") for path in entries if not path.name.endswith(".tmp")]
     return [outputs / line for line in lines if _inside(line) and _usable(outputs / line, stage, inputs)]
 
 
@@ -240,14 +245,22 @@ def adopt(root: Path, stage: Stage, folder: Path) -> None:
     """Publish a stage of another run here: hard links, or copies across disks.
 
     Raises:
-        DamagedError: its content is not what was written.
+        DamagedError: its content is not what was written, or goes while it is taken over.
     """
     work, found = root / f"{stage.folder}.tmp", manifest(folder)
-    assert found is not None
+    if found is None or found["removed"]:
+        raise damaged(folder / MANIFEST, "it has just been removed")
     check_hashes(folder, found)
     durable.remove(work)
-    for name in [*found["files"], MANIFEST]:
-        durable.link(folder / name, work / name)
+    for name in found["files"]:
+        try:
+            durable.link(folder / name, work / name)
+        except SpinRegError as error:
+            if not (folder / name).is_file():
+                raise damaged(folder / name, "it has just been removed") from error
+            raise
+    durable.write_record(work / MANIFEST, found)  # the one that was checked, whatever stands there by now
+    (work / MANIFEST).chmod(0o444)
     publish(root, stage, work)
 
 
@@ -280,7 +293,6 @@ def owned(root: Path) -> Iterator[None]:
     try:
         value = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
         durable.write_bytes(owner, json.dumps(value).encode())
-        durable.tidy(root)
         yield
     finally:
         owner.unlink(missing_ok=True)

@@ -144,6 +144,7 @@ def run_all(
     maker = _Maker(stages, root, listener, clock, run or run_stage)
     kept = {stage.name: stage_rows(root, stage) for stage in stages}
     _publish(root / METRICS, kept)
+    todo = [s for s in stages if unneeded is not None and state_of(root, outputs, s).status is not Status.done]
     sent = 0
     for index, stage in enumerate(stages, start=1):
         stopping.poll()
@@ -164,9 +165,10 @@ def run_all(
             sink.log(sent, row)
             sent += 1
         if unneeded is not None:
-            pending = [later for later in stages[index:] if rundir.readable(root / later.folder) is None]
-            for useless in unneeded(pending):
+            todo = [later for later in todo if later is not stage]
+            for useless in unneeded(todo):
                 rundir.drop_weights(root / useless.folder)
+                maker.checked.discard(useless.name)
 
 
 def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:
@@ -196,10 +198,11 @@ class _Maker:
         began = self.clock()
         for need in stage.needs.values():
             self.whole(need)
-        work, sealed = rundir.begin(self.root, stage)
+        held = {role: str(content) for role, content in contents(self.root, stage).items()}
+        work, sealed = rundir.begin(self.root, stage, held)
         if not sealed:
             self.run(stage, {role: self.root / need.folder for role, need in stage.needs.items()}, work, context)
-            rundir.seal(stage, work, {role: str(c) for role, c in contents(self.root, stage).items()})
+            rundir.seal(stage, work, held)
         self._same_as_before(stage, work)
         rundir.publish(self.root, stage, work)
         self.listener.finished(stage, self.clock() - began)

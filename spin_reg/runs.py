@@ -49,8 +49,11 @@ def _last_wins(words: Sequence[str]) -> list[str]:
     return list({word.partition("=")[0]: word for word in words}.values())
 
 
-def gc(words: Sequence[str], conf: Path) -> None:
+def gc(words: Sequence[str], conf: Path) -> int:
     """Print what nothing needs in a run, or in every run of a folder; remove it where `--yes` is among the words.
+
+    Returns:
+        The exit code: 0, or that of the first run that could not be looked at or tidied.
 
     Raises:
         ConfigError: a word that gc does not take, or no such folder.
@@ -71,18 +74,19 @@ def gc(words: Sequence[str], conf: Path) -> None:
     alone = (place / rundir.RUN).exists()
     outputs = place.parent if alone else place
     roots = [place] if alone else sorted(path.parent for path in place.glob(f"*/{rundir.RUN}"))
-    total = sum(_collect(root, keep, conf, remove=YES in words) for root in roots)
+    collected = [_collect(root, keep, conf, remove=YES in words) for root in roots]
     index = space.stale_index(outputs)
     if index:
         print(f"{outputs / rundir.STAGES}: {len(index)} entries of stages that are gone")
         for path in index if YES in words else []:
             durable.remove(path)
     done = "removed" if YES in words else f"to be freed; nothing was removed: add {YES} to do it"
-    print(f"{space.human(total)} {done}")
+    print(f"{space.human(sum(frees for frees, _ in collected))} {done}")
+    return next((code for _, code in collected if code), 0)
 
 
-def _collect(root: Path, keep: Sequence[str], conf: Path, *, remove: bool) -> int:
-    """One run's garbage, printed and perhaps removed; the bytes that frees."""
+def _collect(root: Path, keep: Sequence[str], conf: Path, *, remove: bool) -> tuple[int, int]:
+    """One run's garbage, printed and perhaps removed; the bytes that frees, and an exit code."""
     try:
         planned = _planned(root, keep, conf)
         kept = space.future(planned.config, planned.sources)
@@ -92,13 +96,14 @@ def _collect(root: Path, keep: Sequence[str], conf: Path, *, remove: bool) -> in
                 size = space.human(item.frees) if item.frees else "nothing (another run holds it too)"
                 print(f"{shlex.quote(str(item.path))}: {item.why}; frees {size}")
             if remove:
-                space.remove(root, planned.stages, found)
-        return sum(item.frees for item in found)
+                space.remove(found)
+        return sum(item.frees for item in found), 0
     except RunBusy as error:
         print(f"{root}: left alone, it is at work ({error.why})")
+        return 0, 0
     except SpinRegError as error:
-        print(f"{root}: left alone ({error.what} {error.why})")
-    return 0
+        print(f"{root}: not tidied ({error.what} {error.where}: {error.why})")
+        return 0, error.exit_code
 
 
 def _planned(root: Path, keep: Sequence[str], conf: Path) -> Any:

@@ -10,6 +10,7 @@ from spin_reg import durable, rundir, sources
 from spin_reg.config import Config
 from spin_reg.errors import DamagedError, NoSpace
 from spin_reg.plan import Sources, Stage, plan
+from spin_reg.runner import contents
 from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer
 from spin_reg.specs import EvaluateSpec, GenerateSpec, PairsSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec
 
@@ -155,6 +156,7 @@ class Garbage:
     path: Path
     why: str
     frees: int
+    model: Path | None = None  # the folder of the model whose weights it is
 
 
 def garbage(root: Path, stages: Sequence[Stage], keep: KeepIterates, future: frozenset[str]) -> list[Garbage]:
@@ -163,35 +165,37 @@ def garbage(root: Path, stages: Sequence[Stage], keep: KeepIterates, future: fro
     found = [Garbage(path, "a removal that was cut short", _size(path)) for path in root.rglob(f".*{durable.REMOVED}")]
     for work in root.rglob("*.tmp"):
         stage = planned.get(work.relative_to(root).as_posix())
+        if stage is None and (work.parent / rundir.MANIFEST).exists():
+            continue  # in a finished stage's folder nothing is ours to judge
         marker = work / rundir.MARKER
-        begun = marker.read_text(encoding="utf-8", errors="replace") if marker.is_file() else None
+        begun = marker.read_bytes() if marker.is_file() else None
         if work.is_dir() and durable.SCRATCH not in work.relative_to(root).parts:
-            if stage is None or begun not in (None, stage.fingerprint):
+            if stage is None or begun not in (None, rundir.begun_as(stage, contents(root, stage))):
                 found.append(Garbage(work, "begun with other settings, and given up", _size(work)))
             elif rundir.readable(root / stage.folder) is not None:
                 found.append(Garbage(work, "begun again, and given up: the stage is there", _size(work)))
     pending = [stage for stage in stages if rundir.readable(root / stage.folder) is None]
     for stage in unneeded(stages, pending, keep, future):
         for path in sorted((root / stage.folder).glob(rundir.WEIGHTS)):
-            found.append(Garbage(path, f"no later stage needs it (keep_iterates={keep})", _size(path)))
+            why = f"no later stage needs it (keep_iterates={keep})"
+            found.append(Garbage(path, why, _size(path), root / stage.folder))
     return found
 
 
-def remove(root: Path, stages: Sequence[Stage], found: Sequence[Garbage]) -> None:
+def remove(found: Sequence[Garbage]) -> None:
     """Remove what `garbage` found; of weights the record stays, and what needs them later makes them again."""
-    models = {root / stage.folder for stage in stages}
-    for folder in sorted({item.path.parent for item in found if item.path.parent in models}):
+    for folder in sorted({item.model for item in found if item.model is not None}):
         rundir.drop_weights(folder)
     for item in found:
         durable.remove(item.path)
 
 
 def stale_index(outputs: Path) -> list[Path]:
-    """Entries of `.stages` all of whose folders are gone."""
+    """Entries of `.stages` whose folders are gone."""
     found = []
     for path in sorted((outputs / rundir.STAGES).glob("*")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if not any((outputs / line / rundir.MANIFEST).is_file() for line in lines):
+        line = path.read_text(encoding="utf-8", errors="replace")
+        if not (outputs / line / rundir.MANIFEST).is_file():
             found.append(path)
     return found
 

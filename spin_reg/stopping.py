@@ -1,10 +1,12 @@
 """How a run ends when it is asked to: the first signal sets a flag that every loop polls, the second ends the process.
 
-Where no loop polls in time (one long kernel, a library that waits), the process ends by itself after `GRACE` seconds;
+A thread of its own hears the signals, since Python's handlers wait for the main thread to come back from native code.
+Where no loop polls in time (one long kernel, a library that waits), that thread ends the process after `GRACE` seconds;
 what is on disk is whole at any moment, so that loses nothing that was finished.
 """
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -18,7 +20,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the las
 GRACE = 8.0  # seconds
 
 _asked: list[int] = []  # the signals that came
-_timers: list[threading.Timer] = []
 _last_words: list[Callable[[], None]] = []
 _how = ["run the same command again"]
 
@@ -46,17 +47,22 @@ def goes_on_by(command: str) -> None:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Handle the signals while the block runs."""
-    before = {number: signal.signal(number, _handle) for number in SIGNALS}
+    """Hear the signals while the block runs."""
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     _how[0] = "run the same command again"
+    thread = threading.Thread(target=_hear, args=(heard,), name="signals", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        for number, handler in before.items():
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        for timer in _timers:
-            timer.cancel()
-        _timers.clear()
+        os.close(told)
+        thread.join(GRACE)
         _asked.clear()
 
 
@@ -70,22 +76,40 @@ def saving(save: Callable[[], None]) -> Iterator[None]:
         _last_words.remove(save)
 
 
-def _handle(number: int, frame: Any) -> None:
-    _asked.append(number)
-    if len(_asked) > 1:
-        _say("stopped at once; what is on disk is whole")
-        _end()
-    _say("stopping as soon as it is safe; a second signal stops at once")
-    timer = threading.Timer(GRACE, _give_up)
-    timer.daemon = True
-    _timers.append(timer)
-    timer.start()
+def _ignore(number: int, frame: Any) -> None:
+    """The handler in the main thread: without one a signal would do what it does by default."""
+
+
+def _hear(pipe: int) -> None:
+    """Read the signals' numbers as they come, until the pipe is closed."""
+    patience: float | None = None
+    while True:
+        ready, _, _ = select.select([pipe], [], [], patience)
+        if not ready:
+            patience = None
+            threading.Thread(target=_give_up, daemon=True).start()
+            continue
+        numbers = os.read(pipe, 64)
+        if not numbers:
+            os.close(pipe)
+            return
+        for number in numbers:
+            if number in SIGNALS:
+                _asked.append(number)
+        if len(_asked) > 1:
+            _say("stopped at once; what is on disk is whole")
+            _end()
+        if _asked and patience is None:
+            _say("stopping as soon as it is safe; a second signal stops at once")
+            patience = GRACE
 
 
 def _give_up() -> None:
-    for save in _last_words:
-        with suppress(Exception):  # the process ends either way
+    for save in list(_last_words):
+        try:
             save()
+        except Exception as error:  # the process ends either way
+            _say(f"the steps since the last checkpoint could not be kept ({type(error).__name__}: {error})")
     _say(f"no safe point within {GRACE:.0f} s, so stopped where it was; nothing finished is lost")
     _end()
 

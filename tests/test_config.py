@@ -192,3 +192,23 @@ def test_a_reader_that_goes_away_is_no_failure_of_ours(tmp_path: Path) -> None:
     line = f"{sys.executable} -m spin_reg plan schedule.iterations=9 regularizer=fictitious_play | head -1"
     done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith("run ") and done.stderr == ""
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spin_reg.console import Screen
+
+    class Gone:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+        def isatty(self) -> bool:
+            return False
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    screen = Screen()
+    for _ in range(2):
+        screen._line("one more")
+    assert screen.console.quiet

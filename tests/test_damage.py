@@ -1,6 +1,7 @@
 """Damage through the real command: named before use, made again where it is a cache, refused where it is a source."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,8 +52,6 @@ def damaged(path: Path, how: str) -> None:
 def test_a_damaged_file_is_named_and_made_again_or_refused(
     name: str, source: bool, how: str, made: Path, command: Command, tmp_path: Path
 ) -> None:
-    import shutil
-
     root = tmp_path / "run"
     shutil.copytree(made, root)
     damaged(root / name, how)
@@ -69,8 +68,6 @@ def test_a_damaged_file_is_named_and_made_again_or_refused(
 
 def test_a_config_that_was_damaged_is_written_again(made: Path, command: Command, tmp_path: Path) -> None:
     """config.yaml is for people: a run reads run.json."""
-    import shutil
-
     shutil.copytree(made, tmp_path / "run")
     damaged(tmp_path / "run/config.yaml", "cut")
     damaged(tmp_path / "run/metrics.jsonl", "cut")  # so that there is something to do
@@ -241,8 +238,6 @@ def test_a_wrong_reference_model_layout_or_mode_stops_the_run_and_names_the_rows
 
 def test_a_second_process_is_refused_with_host_pid_and_age_before_anything_heavy(made: Path, tmp_path: Path) -> None:
     """And the lock of a process that was killed is free."""
-    import shutil
-
     shutil.copytree(made, tmp_path / "run")
     hold = (
         "import sys, pathlib\nfrom spin_reg import rundir\n"
@@ -264,6 +259,58 @@ def test_a_second_process_is_refused_with_host_pid_and_age_before_anything_heavy
         owner.kill()
     with rundir.owned(tmp_path / "run"):
         pass
+
+
+def test_an_interrupted_stage_can_write_its_files_again(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is not root cannot open a read-only file: none may be one before its stage is sealed."""
+    real = rundir.durable.write_record
+
+    def dies(path: Path, value: dict[str, Any]) -> None:
+        if path.parent.name == "model.tmp":
+            raise Killed
+        real(path, value)
+
+    monkeypatch.setattr(rundir.durable, "write_record", dies)
+    with pytest.raises(Killed):
+        command("train", *WORDS, f"outputs={tmp_path}")
+    files = [path for path in (tmp_path / "run/iterate-00/model.tmp").rglob("*") if path.is_file()]
+    assert len(files) > 3 and all(path.stat().st_mode & 0o200 for path in files)
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(made: Path, command: Command, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    (tmp_path / "run/run.log").unlink()
+    (tmp_path / "run/run.log").symlink_to("/dev/full")
+    words = [word for word in WORDS if "iterations" not in word]
+    result = command("train", *words, "schedule.iterations=3", f"outputs={tmp_path}")
+    assert result.code == 0 and "Logging error" not in result.err
+
+
+def test_what_goes_while_it_is_taken_over_is_made_instead(
+    made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(made.parent, tmp_path / "outputs")
+    real = rundir.check_hashes
+
+    def goes(folder: Path, found: Any) -> None:
+        real(folder, found)
+        if folder.name == "model" and folder.is_relative_to(tmp_path / "outputs/run"):
+            rundir.drop_weights(folder)
+
+    monkeypatch.setattr(rundir, "check_hashes", goes)
+    words = [word for word in WORDS if not word.startswith("run_name")]
+    assert command("train", *words, f"outputs={tmp_path / 'outputs'}", "run_name=other").code == 0
+    assert weights(tmp_path / "outputs/other", 2) == weights(made, 2)
+
+
+def test_a_damaged_entry_of_the_index_is_passed_over(made: Path, command: Command, tmp_path: Path) -> None:
+    shutil.copytree(made.parent, tmp_path / "outputs")
+    for path in (tmp_path / "outputs/.stages").iterdir():
+        path.write_bytes(b"\xe9\xff../" + path.read_bytes())
+    words = [word for word in WORDS if "iterations" not in word]
+    assert command("train", *words, "schedule.iterations=3", f"outputs={tmp_path / 'outputs'}").code == 0
 
 
 @pytest.mark.slow

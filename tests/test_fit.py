@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import Counter, before_calls
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
 from spin_reg import checkpoint, fit, models
 from spin_reg.context import Context
+from spin_reg.errors import NoSpace
 from spin_reg.settings import Hardware, LrScheduler, Optimizer
 
 
@@ -92,6 +94,17 @@ def test_a_damaged_checkpoint_is_never_used(file: str, tmp_path: Path) -> None:
     assert checkpoint.read(tmp_path, fresh, torch.optim.AdamW(fresh.parameters())) == []
     for a, b in zip(fresh.parameters(), model().parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_half_a_checkpoint_does_not_stay(tmp_path: Path) -> None:
+    m = model()
+    optimizer = torch.optim.AdamW(m.parameters())
+    steps(m, optimizer, 1)
+    with before_calls(Counter(at=4, fault="ENOSPC")), pytest.raises(NoSpace):
+        checkpoint.write(tmp_path, m, optimizer, [{}])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "checkpoint-000000007.tmp").mkdir()
+    assert checkpoint.read(tmp_path, m, optimizer) == [] and list(tmp_path.iterdir()) == []
 
 
 def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -144,6 +144,18 @@ def test_gc_shows_before_it_removes(train: Train, command: Command, tmp_path: Pa
     assert "finished" in command("resume", str(root)).err
 
 
+def test_evaluate_and_a_folder_of_ones_own_cost_no_weights(train: Train, command: Command) -> None:
+    """What `evaluate` plans is not the whole run; what lies in a finished stage's folder is not ours to judge."""
+    words = ["regularizer=mixture_of_two", "keep_iterates=needed", "evaluation=none", "schedule.iterations=2"]
+    root = train(*words)
+    before = kept(root)
+    assert command("evaluate", str(root), "evaluation=default").code == 0
+    assert before == [1, 2] and kept(root) == [0, 1, 2]  # the base was made again, and nothing was taken away
+    (root / "iterate-02/model/backup.tmp").mkdir()
+    assert command("gc", str(root), "--yes").code == 0
+    assert set(before) <= set(kept(root)) and (root / "iterate-02/model/backup.tmp").is_dir()
+
+
 def test_gc_leaves_a_run_at_work_and_a_damaged_one_alone(train: Train, command: Command) -> None:
     root, bad = train("schedule.iterations=1"), train("schedule.iterations=1", name="bad")
     (bad / "run.json").write_text("{}")

@@ -54,6 +54,6 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
         accelerator=accelerator,
         out=out,
         context=context,
+        after=lambda: models.save(loaded, out),
     )
-    models.save(loaded, out)
     durable.write_jsonl(out / "metrics.jsonl", metrics)

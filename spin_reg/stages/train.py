@@ -54,8 +54,8 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
         out=out,
         context=context,
         before=lambda model: self_check(model, spec, inputs, rows, out, accelerator.device),
+        after=lambda: models.save(loaded, out),
     )
-    models.save(loaded, out)
     durable.write_jsonl(out / "metrics.jsonl", metrics)
 
 

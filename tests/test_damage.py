@@ -35,7 +35,7 @@ def damaged(path: Path, how: str) -> None:
     path.write_bytes(content if how == "flip" else content[:-3])
 
 
-@pytest.mark.parametrize("how", ["flip", "cut"])
+@pytest.mark.parametrize("how", ["flip", pytest.param("cut", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "source"),
     [

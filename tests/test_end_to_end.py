@@ -84,9 +84,8 @@ def test_a_sweep_shares_iteration_0_and_equals_two_runs(command: Command, train:
         .joinpath("iterate-01/model/model.safetensors")
         .samefile(roots[1].joinpath("iterate-01/model/model.safetensors"))
     )
-    for alpha, root in zip(("0", "0.5"), roots, strict=True):
-        alone = train(f"alpha={alpha}", outputs=tmp_path / alpha)
-        assert weights(alone, 2) == weights(root, 2)
+    alone = train("alpha=0.5", outputs=tmp_path / "alone")
+    assert weights(alone, 2) == weights(roots[1], 2)
     shutil.rmtree(roots[0])
     assert len(weights(roots[1], 1)) == 64  # what was shared stays when the other run goes
     assert command("train", *SMALL, "alpha=0.5", f"outputs={place}").code == 0

@@ -50,7 +50,10 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("outputs")
 
 
-@pytest.mark.parametrize("arm", ARMS)
+QUICK = ("none", "kl", "fictitious", "mixture-as-released", "fictitious-reuse")  # the rest is slow
+
+
+@pytest.mark.parametrize("arm", [pytest.param(arm, marks=[] if arm in QUICK else pytest.mark.slow) for arm in ARMS])
 def test_another_road_gives_the_same_references_first_loss_and_first_margin(
     arm: str, train: Train, outputs: Path, verify: Callable[[Path], str]
 ) -> None:
@@ -70,6 +73,7 @@ def test_a_swapped_reference_is_seen_by_the_other_road(
     assert verify(copy).startswith("failed: the stored references")
 
 
+@pytest.mark.slow
 def test_iteration_0_is_the_same_for_every_regularizer_bit_for_bit(train: Train, outputs: Path) -> None:
     roots = [train(*words, "schedule.iterations=3", name=arm, outputs=outputs) for arm, words in ARMS.items()]
     assert len({weights(root, 1) for root in roots}) == 1

@@ -69,6 +69,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing catches it."""
 
 
+@pytest.mark.slow
 def test_stopped_inside_training_and_resumed_is_the_uninterrupted_run(
     train: Train, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +209,7 @@ def test_a_damaged_record_is_named_and_hides_no_other_run(content: str, train: T
     assert "damaged" in shown and "good" in shown
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_from_anywhere(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     rows = "\n".join(f'{{"prompt": "{i}?", "response": "{i}!"}}' for i in range(40))

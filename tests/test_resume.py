@@ -173,6 +173,7 @@ def test_killed_for_real_at_any_time_the_same_command_ends_at_the_same_bytes(tra
     assert (root / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_metrics_that_were_lost_are_put_together_again(train: Train) -> None:
     root = train("schedule.iterations=1")
     whole = (root / "metrics.jsonl").read_bytes()
@@ -184,6 +185,7 @@ def test_metrics_that_were_lost_are_put_together_again(train: Train) -> None:
         assert (root / "metrics.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_asking_for_fewer_iterations_takes_nothing_away(train: Train, command: Command) -> None:
     root = train("schedule.iterations=2")
     whole = (root / "metrics.jsonl").read_bytes()

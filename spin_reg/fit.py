@@ -122,7 +122,6 @@ def fit(
     inner = accelerator.unwrap_model(model)
     _without_dropout(inner, spec.gradient_checkpointing)
     scratch = out / durable.SCRATCH
-    scratch = out / durable.SCRATCH
     state = _State(inner, optimizer, scratch, checkpoint.read(scratch, inner, optimizer.optimizer))
     for row in state.metrics:
         context.log(row)

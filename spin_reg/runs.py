@@ -58,7 +58,9 @@ def gc(words: Sequence[str], conf: Path) -> int:
     Raises:
         ConfigError: a word that gc does not take, or no such folder.
     """
-    unknown = [w for w in words if (w.startswith("-") and w != YES) or ("=" in w and "keep_iterates" not in w)]
+    unknown = [
+        w for w in words if (w.startswith("-") and w != YES) or ("=" in w and not w.startswith("keep_iterates="))
+    ]
     if unknown:
         raise ConfigError(
             "gc does not take this.",

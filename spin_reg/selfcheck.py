@@ -58,7 +58,7 @@ class Stored:
         return len(self.pair["real_ids"]), len(self.pair["generated_ids"])
 
 
-def chosen(
+def to_check(
     pairs: Sequence[Row], t: int, reference: Reference, real: Scores, generated: Mapping[int, Scores]
 ) -> list[Stored]:
     """The first pairs for which iterate t's log-probs of both answers are stored.

@@ -127,7 +127,8 @@ def parameters(model: Model) -> int:
     for path in weight_files(model):
         try:
             with safe_open(path, framework="np") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                names = file.keys()
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
         except (SafetensorError, OSError) as error:
             raise unreadable_weights(path, error) from error
     return total

@@ -193,7 +193,7 @@ def remove(found: Sequence[Garbage]) -> None:
 def stale_index(outputs: Path) -> list[Path]:
     """Entries of `.stages` whose folders are gone."""
     found = []
-    for path in sorted((outputs / rundir.STAGES).glob("*")):
+    for path in sorted((outputs / rundir.STAGES).glob("[!.]*")):  # not one that is being written
         line = path.read_text(encoding="utf-8", errors="replace")
         if not (outputs / line / rundir.MANIFEST).is_file():
             found.append(path)

@@ -112,7 +112,7 @@ def self_check(
         j: {k: join.scores(inputs[generated_role(k, j)]) for k in opponents.scorers(reference, j) | {t}}
         for j in spec.window
     }
-    stored = selfcheck.chosen(rows, t, reference, real, generated)
+    stored = selfcheck.to_check(rows, t, reference, real, generated)
     coarse = spec.policy.dtype is Dtype.bfloat16 or spec.hardware.precision is Precision.bf16
     found = selfcheck.compare(
         stored,

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from spin_reg import __version__, config, durable, rundir, runner, sources, space, tracking
 from spin_reg.config import Config
 from spin_reg.errors import ConfigError, RunBusy
-from spin_reg.fingerprint import plain
+from spin_reg.fingerprint import file_sha256, plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
@@ -31,6 +32,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
+CONFIG = "config.yaml"
 log = logging.getLogger(__name__)
 
 
@@ -44,13 +46,14 @@ class Planned:
     sources: Sources
     stages: list[Stage]
     states: list[State]
+    config_whole: bool
     whole: bool = True  # False where only evaluations were planned
     made: bool = False
 
     @property
     def finished(self) -> bool:
         done = all(state.status is Status.done for state in self.states)
-        return done and runner.metrics_whole(self.root, self.stages)
+        return done and self.config_whole and runner.metrics_whole(self.root, self.stages)
 
 
 def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
@@ -80,7 +83,8 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         kept = evaluations(stages, there)
         states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
         stages = [stage for stage in stages if stage.name in kept]
-    return Planned(settings, root, outputs, found, stages, states, whole=not only_evaluate)
+    written = _config_whole(root, saved)
+    return Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate)
 
 
 def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> None:
@@ -132,6 +136,8 @@ def _run(planned: Planned, listener: Listener) -> None:
     settings, root = planned.config, planned.root
     with _logging(root):
         _warn_of_versions(root)
+        if not planned.config_whole:
+            log.warning("%s is damaged: it is written again", root / CONFIG)
         identity = config.flatten(plain(settings))
         keep, future = settings.keep_iterates, space.future(settings, planned.sources)
         goes = partial(space.unneeded, planned.stages, keep=keep, future=future)
@@ -244,8 +250,15 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),
     }
-    durable.write_record(path, value)
-    durable.write_bytes(planned.root / "config.yaml", config.as_yaml(settings).encode())
+    text = config.as_yaml(settings).encode()
+    durable.write_bytes(planned.root / CONFIG, text)
+    durable.write_record(path, value | {"config_sha256": sha256(text).hexdigest()})
+
+
+def _config_whole(root: Path, saved: Mapping[str, Any] | None) -> bool:
+    """Whether config.yaml, which is for people, is as it was written."""
+    path = root / CONFIG
+    return saved is None or (path.is_file() and file_sha256(path) == saved.get("config_sha256"))
 
 
 def _versions() -> dict[str, str]:

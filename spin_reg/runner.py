@@ -143,6 +143,7 @@ def run_all(
     durable.tidy(root)
     maker = _Maker(stages, root, listener, clock, run or run_stage)
     kept = {stage.name: stage_rows(root, stage) for stage in stages}
+    _name_damage(root)
     _publish(root / METRICS, kept)
     todo = [s for s in stages if unneeded is not None and state_of(root, outputs, s).status is not Status.done]
     sent = 0
@@ -282,6 +283,21 @@ def metrics_whole(root: Path, stages: list[Stage]) -> bool:
     """Whether the run's metrics.jsonl holds exactly what these stages keep."""
     path = root / METRICS
     return path.is_file() and path.read_bytes() == durable.jsonl([r for s in stages for r in stage_rows(root, s)])
+
+
+def _name_damage(root: Path) -> None:
+    """Tell of lines in the run's metrics.jsonl that no stage keeps. A kill may leave it short; damage leaves others."""
+    path = root / METRICS
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    folders = [found.parent for found in root.rglob(rundir.MANIFEST)] if lines else []
+    known = {line for folder in folders if rundir.readable(folder) for line in _lines(folder)}
+    if not set(lines) <= known:
+        log.warning("%s is damaged: it is put together again", path)
+
+
+def _lines(folder: Path) -> list[bytes]:
+    path = folder / METRICS
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
 
 
 def _publish(path: Path, kept: Mapping[str, Rows]) -> None:

@@ -23,13 +23,18 @@ from transformers.utils import logging
 
 
 def load(run: Path, k: int) -> Any:
-    folder: Path | str = run / f"iterate-{k:02d}" / "model"
-    base = run / "iterate-00" / "base.json"
-    revision = None
-    if k == 0 and base.exists():
-        saved = json.loads(base.read_text())
-        folder, revision = saved["name"], saved["revision"]
-    return AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype="auto").eval()
+    folder = run / f"iterate-{k:02d}" / "model"
+    record = folder / "base.json" if k > 0 else run / "iterate-00" / "base.json"
+    if not record.exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    saved = json.loads(record.read_text())
+    file = {"gguf_file": saved["gguf_file"]} if "gguf_file" in saved else {}
+    model = AutoModelForCausalLM.from_pretrained(saved["name"], revision=saved["revision"], dtype="auto", **file)
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    return model.eval()
 
 
 @torch.no_grad()

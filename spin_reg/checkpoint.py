@@ -59,7 +59,7 @@ def _clear(folder: Path) -> None:
 
 def _write(temporary: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
     durable.make_folder(temporary)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
     tensors, numbers = _flatten(optimizer.state_dict())
     hashes = {}
     for file, content in ((MODEL, weights), (OPTIMIZER, tensors)):
@@ -107,7 +107,8 @@ def _restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: tor
     saved = load_file(path / MODEL)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(saved[name])
+            if p.requires_grad:
+                p.copy_(saved[name])
     entries: dict[int, dict[str, Any]] = {}
     for key, value in [*load_file(path / OPTIMIZER).items(), *state["numbers"].items()]:
         index, _, name = key.partition(".")

@@ -23,6 +23,7 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
   spin-reg plan [key=value ...]     the same plan, printed: what is done, what is to do, and why; runs nothing
   spin-reg resume RUN [key=value]   go on with the run in this folder
   spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
+  spin-reg export RUN --to FOLDER   an iterate as a Hugging Face folder, an adapter merged [--iterate K]
   spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
   spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
   spin-reg gc [DIR] [--yes]         what nothing needs any more, by name and size; --yes removes it
@@ -71,7 +72,7 @@ def _dispatch(program: str, words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "sync", "status", "gc") and {"-h", "--help"} & set(rest):
+    if verb in ("resume", "export", "sync", "status", "gc") and {"-h", "--help"} & set(rest):
         print(USAGE, end="")
         return 0
     if verb == "--version":
@@ -150,6 +151,14 @@ def _replay(cfg: Any) -> None:
         print(tracking.replay(root / runner.METRICS, settings.tracker, config.flatten(plain(settings))))
 
 
+def _export(program: str, words: list[str]) -> int:
+    from spin_reg import export
+    from spin_reg.runs import words_of
+
+    given = export.arguments(words)  # before the process moves to where the run began
+    return _compose(program, words_of("export", [given.run]), partial(export.task, k=given.iterate, to=given.to))
+
+
 def _gc(program: str, words: list[str]) -> int:
     from spin_reg import runs
 
@@ -168,6 +177,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "plan": _plan,
     "resume": _resume,
     "evaluate": _evaluate,
+    "export": _export,
     "sync": _sync,
     "status": _status,
     "gc": _gc,
@@ -292,7 +302,7 @@ def _short(path: Path) -> str:
 
 
 def _show_plan(cfg: Any) -> None:
-    from spin_reg import launch, space
+    from spin_reg import estimate, launch, space
 
     planned = _planned(cfg)
     width = max(len(stage.name) for stage in planned.stages)
@@ -302,4 +312,7 @@ def _show_plan(cfg: Any) -> None:
     needed, room = launch.disk(planned), space.human(space.free(planned.outputs))
     counts = {s: sum(state.status == s for state in planned.states) for s in {state.status for state in planned.states}}
     print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
+    tokens, memory = launch.estimates(planned)
+    print(f"  tokens: {tokens.words()}")
+    print(f"  memory: {memory.words(estimate.room())}")
     print(f"  disk: {needed.words()}; {room} free")

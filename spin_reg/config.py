@@ -1,15 +1,17 @@
 """From a composed YAML tree to checked, plain values: `register()` gives Hydra the schemas, `load()` checks."""
 
 import difflib
+import json
 import logging
 from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin_reg import redact, settings
+from spin_reg import corpora, redact, settings
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, identity, plain
 from spin_reg.opponents import Regularizer, normalised
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 
 GROUPS: dict[str, dict[str, type]] = {
     "model": {"tiny": settings.Tiny, "pretrained": settings.Pretrained},
-    "dataset": {"toy": settings.Toy, "jsonl": settings.Jsonl, "hub": settings.Hub},
+    "dataset": {"toy": corpora.Toy, "jsonl": corpora.Jsonl, "hub": corpora.Hub, "mixture": corpora.Mixture},
     "regularizer": dict(REGULARIZERS),
     "schedule": {"default": settings.Schedule},
     "loss": {"base": settings.Loss},
@@ -36,7 +38,7 @@ class Config:
     """All settings of a run."""
 
     model: settings.Model = field(default=cast(settings.Model, settings.MISSING))
-    dataset: settings.Dataset = field(default=cast(settings.Dataset, settings.MISSING))
+    dataset: corpora.Dataset = field(default=cast(corpora.Dataset, settings.MISSING))
     regularizer: Regularizer = field(default=cast(Regularizer, settings.MISSING))
     schedule: settings.Schedule = field(default_factory=settings.Schedule)
     loss: settings.Loss = field(default_factory=settings.Loss)
@@ -88,6 +90,7 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
         _check_alpha(config, sweep)
         _check_loss(config)
         _check_keep(config)
+        _check_packages(config)
     except ValueError as error:
         raise bad_value(str(error)) from error
     return config
@@ -96,7 +99,8 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
 def _refuse_secrets(config: Config) -> None:
     """No setting may hold a credential: settings go into the run folder and to trackers."""
     for key, value in flatten(plain(config)).items():
-        secret = redact.found(value) if isinstance(value, str) else None
+        text = value if isinstance(value, str) else json.dumps(value) if isinstance(value, list) else ""
+        secret = redact.found(text)
         if secret is not None:
             raise holds_a_secret(key, secret)
 
@@ -185,6 +189,23 @@ def _check_keep(config: Config) -> None:
     settings.check(sent, f"keep_iterates={keep}: tracker.log_model=true sends every iterate's weights; give all")
 
 
+def _check_packages(config: Config) -> None:
+    """What only some settings need is an extra; a missing one is told before anything begins."""
+    model = config.model
+    if not isinstance(model, settings.Pretrained):
+        return
+    wanted = [
+        (model.lora.rank > 0, "model.lora.rank", "peft", "lora"),
+        (model.lora.quantize is not settings.Quantize.none, "model.lora.quantize", "bitsandbytes", "qlora"),
+        (model.gguf_file is not None, "model.gguf_file", "gguf", "gguf"),
+    ]
+    for used, key, package, extra in wanted:
+        there = not used or find_spec(package) is not None
+        settings.check(
+            there, f"{key}: it needs the package {package}, which is not here: pip install spin-reg[{extra}]"
+        )
+
+
 def _check_alpha(config: Config, sweep: bool) -> None:
     if config.alpha is None:
         return
@@ -243,7 +264,10 @@ def run_name(config: Config) -> str:
     if config.run_name is not None:
         return config.run_name
     words = [_tail(getattr(config.model, "name_or_path", choice("model", config.model)))]
+    rank = getattr(getattr(config.model, "lora", None), "rank", 0)
+    words.append(f"lora{rank}" if rank else "")
     words.append(_tail(getattr(config.dataset, "path", choice("dataset", config.dataset))))
+    words += [_tail(part.path) for part in getattr(config.dataset, "parts", [])[:3]]
     words += [name_of(config.regularizer), config.regularizer.words(), f"seed{config.seed}"]
     return "-".join([w for w in words if w] + [digest(identity_settings(config))[:6]])
 

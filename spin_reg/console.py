@@ -42,6 +42,7 @@ class Screen:
         self._title, self._began, self._said = "", 0.0, 0.0
 
     def stage(self, index: int, total: int, stage: Stage, state: State) -> None:
+        self.close()  # the data are looked at once before their stage begins
         self._title = self._titles[stage.name] = f"[{index}/{total}] {stage.name}"
         self._began = self._said = time.monotonic()
         if state.status is Status.reuse:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from spin_reg.errors import NoSpace, SpinRegError
 from spin_reg.fingerprint import digest
@@ -67,13 +67,26 @@ def sync(path: Path) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Make the file hold exactly `content`, or what it held before: never anything between."""
+    with _replacing(path) as temporary:
+        _fill(temporary, content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes are the file's once the block ends well; till then, and else, it holds what it held."""
+    with _replacing(path) as temporary, temporary.open("wb") as stream:
+        yield stream
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
-            _fill(temporary, content)
+            yield temporary
             sync(temporary)
             os.replace(temporary, path)
-        except OSError:
+        except Exception:
             temporary.unlink(missing_ok=True)  # on a full disk half a file is in the way
             raise
         sync(path.parent)

@@ -63,9 +63,10 @@ def lr_factor(kind: LrScheduler, step: int, total: int, warmup_ratio: float) -> 
 
 
 def _optimizer(model: PreTrainedModel, spec: FitSpec) -> torch.optim.Optimizer:
+    trained = [p for p in model.parameters() if p.requires_grad]  # of a model with an adapter, the adapter alone
     if spec.optimizer is Optimizer.rmsprop:
-        return torch.optim.RMSprop(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    return torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
+        return torch.optim.RMSprop(trained, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
 
 def _checkpointing(model: PreTrainedModel, what: str) -> Callable[..., None]:

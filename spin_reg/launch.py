@@ -6,8 +6,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,14 +15,30 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, config, durable, rundir, runner, sources, space, tracking
+from spin_reg import (
+    __version__,
+    config,
+    durable,
+    estimate,
+    hub,
+    rundir,
+    runlog,
+    runner,
+    sizes,
+    sources,
+    space,
+    stopping,
+    tracking,
+)
 from spin_reg.config import Config
+from spin_reg.context import Context
+from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.errors import ConfigError, RunBusy
 from spin_reg.fingerprint import file_sha256, plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
-from spin_reg.settings import Dataset, Hub, Jsonl, KeepIterates, Model, Pretrained
+from spin_reg.settings import KeepIterates, Model, Pretrained
 from spin_reg.specs import PrepareSpec, Split
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
@@ -74,7 +89,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
             schedule = replace(settings.schedule, iterations=saved["iterations"])
             settings = replace(settings, schedule=schedule)
     else:
-        sources.check_positions(settings.model, settings.dataset, settings.generation)
+        sizes.check_positions(settings.model, settings.dataset, settings.generation)
     found = _sources(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
@@ -99,8 +114,8 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
             raise runner.refused(root, stage, state)
     read = None
     if not root.exists():
-        _environment(settings)
-        read = _check_data(planned)
+        environment(settings)
+        read = _check_data(planned, listener)
     space.check(planned.outputs, disk(planned, read))
     durable.make_folder(root)
     with rundir.owned(root):  # before anything slow: who comes second is told at once
@@ -108,9 +123,9 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
         if saved is not None:  # another process may have made it since we looked
             _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
             if saved["iterations"] > settings.schedule.iterations:
-                why, todo = "another process has just given it more iterations", "run the same command again"
-                raise RunBusy("This run has changed.", where=str(root), why=why, todo=todo)
-        _environment(settings)
+                why = "another process has just given it more iterations"
+                raise RunBusy("This run has changed.", where=str(root), why=why, todo="run the same command again")
+        environment(settings)
         _write_provenance(planned, overrides)
         _run(planned, listener)
 
@@ -118,11 +133,23 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
 def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Need:
     """What the stages still to be made may need on disk; `read`: how many examples the data were found to have."""
     settings = planned.config
-    todo = [s for s, state in zip(planned.stages, planned.states, strict=True) if state.status is Status.todo]
-    data = settings.dataset
-    rows = read or space.counts(_data_folder(planned), data.num_prompts, data.num_heldout)
-    kept = space.future(settings, planned.sources)
-    return space.need(planned.stages, todo, settings.model, rows, settings.keep_iterates, kept)
+    rows, kept = read or _counts(planned), space.future(settings, planned.sources)
+    return space.need(planned.stages, _todo(planned), settings.model, rows, settings.keep_iterates, kept)
+
+
+def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory]:
+    """The tokens and the memory of the stages still to be made."""
+    todo = _todo(planned)
+    return estimate.work(todo, _counts(planned)), estimate.memory(todo, planned.config.model)
+
+
+def _todo(planned: Planned) -> list[Stage]:
+    return [s for s, state in zip(planned.stages, planned.states, strict=True) if state.status is Status.todo]
+
+
+def _counts(planned: Planned) -> Mapping[Split, int]:
+    data = planned.config.dataset
+    return space.counts(_data_folder(planned), data.num_prompts, data.num_heldout)
 
 
 def _data_folder(planned: Planned) -> Path:
@@ -134,10 +161,10 @@ def _data_folder(planned: Planned) -> Path:
 
 def _run(planned: Planned, listener: Listener) -> None:
     settings, root = planned.config, planned.root
-    with _logging(root):
+    with runlog.kept(root / "run.log"):
         _warn_of_versions(root)
         if not planned.config_whole:
-            log.warning("%s is damaged: it is written again", root / CONFIG)
+            log.warning("%s is damaged or missing: it was written again", root / CONFIG)
         identity = config.flatten(plain(settings))
         keep, future = settings.keep_iterates, space.future(settings, planned.sources)
         goes = partial(space.unneeded, planned.stages, keep=keep, future=future)
@@ -157,18 +184,19 @@ def _run(planned: Planned, listener: Listener) -> None:
             raise
 
 
-def _check_data(planned: Planned) -> dict[Split, int] | None:
+def _check_data(planned: Planned, listener: Listener) -> dict[Split, int] | None:
     """Before a new folder is made its data must be good: read them, in memory; how many examples each split has."""
-    first = planned.stages[0]
+    spec = planned.stages[0].spec
     if planned.states[0].status is not Status.todo:
         return None
     from spin_reg.stages import prepare as stage
 
-    assert isinstance(first.spec, PrepareSpec)
-    return stage.check(first.spec)
+    assert isinstance(spec, PrepareSpec)
+    listener.stage(1, len(planned.stages), planned.stages[0], planned.states[0])
+    return stage.check(spec, Context(listener.progress, poll=stopping.poll))
 
 
-def _environment(settings: Config) -> None:
+def environment(settings: Config) -> None:
     """Pin what bits depend on, and quiet the libraries, before torch is imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -203,13 +231,18 @@ def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any])
 
 def _sources(settings: Config, known: dict[str, Any]) -> Sources:
     """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
-    model = _recorded(known.get("model"), _stamp(settings.model))
+    model, commit = _recorded(known.get("model"), _stamp(settings.model)), None
     if model is None:
         model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
+        if isinstance(settings.model, Pretrained):
+            commit = sources.model_revision(settings.model)
+    elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
+        commit = known["model"]["commit"]
+        hub.pin(settings.model, commit)  # a branch may have moved since
     data = _recorded(known.get("data"), _stamp(settings.dataset))
     if data is None:
         data = [sources.data_sha256(settings.dataset)]
-    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0])
+    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit)
 
 
 def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
@@ -220,9 +253,13 @@ def _stamp(source: Model | Dataset) -> Any:
     """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
     if isinstance(source, Pretrained):
         folder = Path(source.name_or_path).expanduser()
-        if not folder.exists():
-            return [source.name_or_path, source.revision]
-        return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(folder.glob("*")) if p.is_file()]
+        files = [] if source.chat_template is None else [Path(source.chat_template).expanduser()]
+        named = [] if folder.exists() else [source.name_or_path, source.revision]
+        files += sorted(folder.glob("*"))
+        return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+    if isinstance(source, Mixture):
+        stamps = [_stamp(part) for part in parts(source)]
+        return None if None in stamps else stamps
     if isinstance(source, Jsonl):
         path = Path(source.path).expanduser()
         return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
@@ -243,7 +280,11 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
         "sources": {
-            "model": {"stamp": _stamp(settings.model), "sha256": [found.model, found.tokenizer]},
+            "model": {
+                "stamp": _stamp(settings.model),
+                "sha256": [found.model, found.tokenizer],
+                "commit": found.commit,
+            },
             "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
         },
         "versions": before.get("versions") or _versions(),
@@ -251,8 +292,8 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "threads": settings.hardware.threads or os.cpu_count(),
     }
     text = config.as_yaml(settings).encode()
+    durable.write_record(path, value | {"config_sha256": sha256(text).hexdigest()})  # first: it makes the folder ours
     durable.write_bytes(planned.root / CONFIG, text)
-    durable.write_record(path, value | {"config_sha256": sha256(text).hexdigest()})
 
 
 def _config_whole(root: Path, saved: Mapping[str, Any] | None) -> bool:
@@ -274,37 +315,3 @@ def _warn_of_versions(root: Path) -> None:
     changed = [f"{name} {began.get(name)} -> {now[name]}" for name in now if began.get(name) != now[name]]
     if changed:
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))
-
-
-class _Redacting(logging.Formatter):
-    """Lines and tracebacks without the secrets in them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redacted(super().format(record))
-
-
-class _RunLog(logging.FileHandler):
-    """A log that a full disk cannot turn into a failure, nor a failure into another one."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """What cannot be written is left out."""
-
-    def close(self) -> None:
-        with suppress(OSError):  # what is left in the buffer
-            super().close()
-
-
-@contextmanager
-def _logging(root: Path) -> Iterator[None]:
-    """Everything logged below `spin_reg` goes to run.log while the run is open."""
-    with durable.disk_errors(root / "run.log"):
-        handler = _RunLog(root / "run.log", encoding="utf-8")
-    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("spin_reg")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()

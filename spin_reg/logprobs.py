@@ -8,6 +8,7 @@ and count real tokens, so padding, batch order and batch companions change nothi
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,10 @@ def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
 
 def takes(model: nn.Module, argument: str) -> bool:
-    """Whether the forward of a model's class has this named argument (seen through a wrapper's inner `module`)."""
-    inner = getattr(model, "module", model)
+    """Whether the forward of a model's class has this named argument (seen through wrappers and adapters)."""
+    inner: Any = getattr(model, "module", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     return argument in inspect.signature(type(inner).forward).parameters
 
 

@@ -1,7 +1,6 @@
-"""Models and tokenizers: the tiny one made on the spot, pretrained ones, and the iterates of a run."""
+"""Models and tokenizers: the tiny one made on the spot, and pretrained ones from their folders."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -18,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,13 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spin_reg import durable, sources
-from spin_reg.errors import ConfigError, DamagedError, SpinRegError
+from spin_reg import render, sizes, sources, templates
+from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
-from spin_reg.settings import Hardware, Model, Precision, Pretrained, Tiny
+from spin_reg.settings import Model, Pretrained, Quantize, Tiny
 from spin_reg.specs import Policy
 
-BASE_FILE = "base.json"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -76,7 +73,7 @@ def _tiny(spec: Tiny, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         num_hidden_layers=spec.num_layers,
         num_attention_heads=spec.num_heads,
         num_key_value_heads=spec.num_heads,
-        max_position_embeddings=sources.TINY_POSITIONS,
+        max_position_embeddings=sizes.TINY_POSITIONS,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -96,40 +93,76 @@ def start(spec: Model) -> Loaded:
     """The model a run starts from, before any SFT."""
     tokenizer = load_tokenizer(spec)
     if isinstance(spec, Tiny):
-        return _loaded(_tiny(spec, tokenizer), tokenizer)
+        return ready(_tiny(spec, tokenizer), tokenizer)
     assert isinstance(spec, Pretrained)
-    folder = sources.model_folder(spec)
-    model = _from_folder(folder, spec.dtype.value, spec.attn_implementation, spec.trust_remote_code)
-    return _loaded(model, tokenizer)
+    policy = Policy(spec.dtype, spec.attn_implementation, None, spec.lora.quantize, spec.trust_remote_code)
+    return ready(from_folder(sources.model_folder(spec), policy, spec.gguf_file), tokenizer)
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, which must have a chat template."""
     if not isinstance(spec, Pretrained):
         return byte_tokenizer()
-    folder = sources.model_folder(spec)
-    tokenizer = _tokenizer(folder, spec.trust_remote_code)
+    folder = sources.model_folder(spec, weights=False)
+    tokenizer = tokenizer_of(folder, spec.trust_remote_code, spec.gguf_file, **templates.asked(spec))
     if not tokenizer.chat_template:
         raise ConfigError(
             "The model's tokenizer has no chat template.",
             where=f"model.name_or_path={spec.name_or_path}",
             why="prompts are rendered with the model's own template, in sampling and in training alike",
-            todo="use a chat model, or save the tokenizer with a chat_template",
+            todo="use a chat model, or give a template: model.chat_template=FILE",
         )
     return tokenizer
 
 
-def _tokenizer(folder: Path, trusted: bool) -> PreTrainedTokenizerBase:
+def tokenizer_of(
+    folder: Path,
+    trusted: bool,
+    gguf_file: str | None = None,
+    *,
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; it renders with `chat_template` in place of its own, given `template_kwargs`."""
     with _reading(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted, **_gguf(gguf_file))
+    own = chat_template or tokenizer.chat_template
+    if isinstance(own, dict):  # several by name: the one that conversations without tools are rendered with
+        own = own.get("default")
+    tokenizer.chat_template = templates.given(own, template_kwargs or {}) if own else None
+    return tokenizer
 
 
-def _from_folder(folder: Path, dtype: str, attn_implementation: str | None, trusted: bool) -> PreTrainedModel:
-    kwargs: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with _reading(folder):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trusted, **kwargs
+def _gguf(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"gguf_file": name}
+
+
+def from_folder(folder: Path, policy: Policy, gguf_file: str | None = None) -> PreTrainedModel:
+    kwargs: dict[str, Any] = _gguf(gguf_file)
+    if policy.attn_implementation is not None:
+        kwargs["attn_implementation"] = policy.attn_implementation
+    dtype = getattr(torch, policy.dtype.value)
+    if policy.quantize is not Quantize.none:
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=policy.quantize is Quantize.nf4,
+            load_in_8bit=policy.quantize is Quantize.int8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
+    with _reading(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=policy.trust_remote_code, **kwargs
+        )
+    if gguf_file is not None:
+        _written_out(model)
+    return model
+
+
+def _written_out(model: PreTrainedModel) -> None:
+    """Transformers calls a model read from GGUF quantized and will not save it, though its weights are plain."""
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
 
 
 @contextmanager
@@ -151,7 +184,7 @@ def _reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+def ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
     return Loaded(model.eval(), tokenizer, end_ids(model.generation_config, tokenizer))
 
 
@@ -159,94 +192,26 @@ def generation_config(spec: Model) -> GenerationConfig | None:
     """The generation config of a pretrained model, as loading it would find it."""
     if not isinstance(spec, Pretrained):
         return None
-    folder = sources.model_folder(spec)
+    folder = sources.model_folder(spec, weights=False)
     with _reading(folder):
-        if (folder / "generation_config.json").exists():
+        if spec.gguf_file is None and (folder / "generation_config.json").exists():
             return GenerationConfig.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, **_gguf(spec.gguf_file))
         return GenerationConfig.from_model_config(config)  # as loading the model does
 
 
 def end_ids(generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The token ids that end an answer: the generation config's and the tokenizer's."""
+    """The token ids that end an answer: the generation config's, the tokenizer's and the chat template's own."""
     named = getattr(generation_config, "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
     found = {i for i in [*listed, tokenizer.eos_token_id] if i is not None}
+    turn = render.end_of_turn(tokenizer, found) if tokenizer.chat_template else None
+    found |= set() if turn is None else {turn}
     if not found:
         raise ConfigError(
             "The model does not say which token ends an answer.",
             where="the model's generation_config.json and tokenizer_config.json",
-            why="neither names an eos token, so no answer could end",
+            why="neither names an eos token, and the chat template puts none behind an answer",
             todo="set eos_token in the tokenizer, or eos_token_id in the generation config",
         )
     return tuple(sorted(found))
-
-
-_held: dict[str, Loaded] = {}  # the one iterate in memory, by folder
-
-
-def load(folder: Path, policy: Policy, *, exclusive: bool = False) -> Loaded:
-    """An iterate of a run; the last one asked for stays in memory.
-
-    Args:
-        folder: an iterate's `model/` folder, or a folder whose base.json names the base used as it is.
-        exclusive: the caller will change the weights: do not keep them, nor hand out the kept ones.
-    """
-    key = f"{folder.resolve()} {policy.dtype} {policy.attn_implementation}"
-    if exclusive or key not in _held:
-        forget()
-    if key in _held:
-        return _held[key]
-    base = folder / BASE_FILE
-    trusted = policy.trust_remote_code
-    where = _base_folder(base, trusted) if base.exists() else folder
-    model = _from_folder(where, policy.dtype, policy.attn_implementation, trusted)
-    loaded = _loaded(model, _tokenizer(where, trusted))
-    if not exclusive:
-        _held[key] = loaded
-    return loaded
-
-
-def forget() -> None:
-    """Drop the iterate kept in memory."""
-    _held.clear()
-
-
-def _base_folder(base: Path, trusted: bool) -> Path:
-    try:
-        saved = json.loads(base.read_bytes())
-        model = Pretrained(name_or_path=saved["name"], revision=saved["revision"], trust_remote_code=trusted)
-        expected = str(saved["sha256"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(
-            "The record of a base model is damaged.",
-            where=str(base),
-            why=f"it does not say which model was used ({error})",
-            todo=f"delete {base.parent} and run the same command: it is made again",
-        ) from error
-    folder = sources.model_folder(model)
-    found = sources.files_sha256(folder, sources.model_files(model))
-    if found != expected:
-        raise DamagedError(
-            "The base model is not the one this run was made with.",
-            where=str(folder),
-            why=f"its files hash to {found[:12]}, but {base} says {expected[:12]}",
-            todo="put the old files back, or begin a run of its own with the new ones",
-        )
-    return folder
-
-
-def save(loaded: Loaded, folder: Path) -> None:
-    """An ordinary Hugging Face folder: safetensors, configuration, tokenizer with its chat template."""
-    with durable.disk_errors(folder):
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
-
-
-def accelerator(hardware: Hardware) -> Accelerator:
-    """Accelerate's device and precision handling for these settings (its state is one a process)."""
-    wanted = "bf16" if hardware.precision is Precision.bf16 else "no"
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        forget()  # a model kept in memory is wrapped for the other precision
-    return Accelerator(mixed_precision=wanted, cpu=not torch.cuda.is_available())

@@ -6,17 +6,20 @@ from functools import cached_property
 
 from spin_reg import opponents
 from spin_reg.config import Config
+from spin_reg.corpora import Toy, published
 from spin_reg.fingerprint import digest, identity
 from spin_reg.opponents import Draw, Opponent, Pairs
 from spin_reg.schedules import at
-from spin_reg.settings import Dtype, Precision, Pretrained, Toy
+from spin_reg.settings import Dtype, Lora, Precision, Pretrained, Quantize
 from spin_reg.specs import (
+    AnswersSpec,
     BaseSpec,
     EvaluateSpec,
     GenerateSpec,
     PairsSpec,
     Policy,
     PrepareSpec,
+    PublishedSpec,
     ScoreSpec,
     SftSpec,
     Spec,
@@ -30,11 +33,12 @@ from spin_reg.specs import (
 
 @dataclass(frozen=True)
 class Sources:
-    """What the settings point at, by content: None where it is made on the spot."""
+    """What the settings point at, by content: None where it is made on the spot. `commit`: of a model of the Hub."""
 
     model: str | None
     tokenizer: str
     data: str | None
+    commit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,27 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
     return list(builder.stages.values())
 
 
+def policy(config: Config) -> Policy:
+    """How the run's iterates are loaded."""
+    model = config.model
+    if not isinstance(model, Pretrained):
+        return Policy(model.dtype, model.attn_implementation, _layout(config))
+    code, quantize = model.trust_remote_code, model.lora.quantize
+    return Policy(model.dtype, model.attn_implementation, _layout(config), quantize, code)
+
+
+def adapter(config: Config) -> Lora | None:
+    """The adapter that is trained; None where all weights are."""
+    lora = config.model.lora if isinstance(config.model, Pretrained) else None
+    return lora if lora is not None and lora.rank > 0 else None
+
+
 def _layout(config: Config) -> tuple[int, ...] | None:
-    """In bf16 a log-prob moves with its batch companions, so the batch sizes are part of what a stage is."""
-    if config.hardware.precision is Precision.fp32 and config.model.dtype is Dtype.float32:
+    """In bf16, and over a quantized base (its kernels choose their arithmetic by a batch's shape), a log-prob moves
+    with its batch companions, so the batch sizes are part of what a stage is.
+    """
+    quantized = isinstance(config.model, Pretrained) and config.model.lora.quantize is not Quantize.none
+    if config.hardware.precision is Precision.fp32 and config.model.dtype is Dtype.float32 and not quantized:
         return None
     return (config.hardware.micro_batch_size, config.hardware.score_batch_size, config.generation.batch_size)
 
@@ -108,8 +130,7 @@ class _Builder:
 
     def __init__(self, config: Config, sources: Sources) -> None:
         self.config, self.sources = config, sources
-        trusted = isinstance(config.model, Pretrained) and config.model.trust_remote_code
-        self.policy = Policy(config.model.dtype, config.model.attn_implementation, _layout(config), trusted)
+        self.policy = policy(config)
         self.stages: dict[str, Stage] = {}
 
     def _add(self, name: str, spec: Spec, needs: Mapping[str, Stage], folder: str | None = None) -> Stage:
@@ -129,7 +150,8 @@ class _Builder:
             return self._train(k - 1)
         if isinstance(c.model, Pretrained) and c.model.sft.epochs == 0:
             assert self.sources.model is not None
-            return self._add("iterate-00/base", BaseSpec(c.model, self.sources.model), {}, folder="iterate-00")
+            base = BaseSpec(c.model, c.model.name_or_path, c.model.revision, self.sources.model, self.sources.tokenizer)
+            return self._add("iterate-00/base", base, {}, folder="iterate-00")
         spec = SftSpec(c.model, self.sources.model, c.model.sft, c.seed, self.policy, c.hardware, c.schedule.save_every)
         return self._add("iterate-00/sft", spec, {"data": data}, folder="iterate-00/model")
 
@@ -152,6 +174,7 @@ class _Builder:
             weight_decay=s.weight_decay,
             max_grad_norm=s.max_grad_norm,
             loss=c.loss,
+            lora=adapter(c),
             seed=c.seed,
             policy=self.policy,
             hardware=c.hardware,
@@ -206,6 +229,8 @@ class _Builder:
         longest = c.generation.max_new_tokens or c.dataset.max_response_tokens
         if sampling != c.generation:
             name += "-temperature1"
+        if (k, split, round_) == (0, Split.train, 0) and published(c.dataset):
+            return self._add(name, PublishedSpec(k, split, longest, c.model), {"data": self.data()})
         spec = GenerateSpec(
             k=k,
             split=split,
@@ -236,7 +261,7 @@ class _Builder:
         Under `reuse` an older iterate's answers are scored only where a newer scorer k still trains on them.
         """
         made = answers.spec
-        assert isinstance(made, GenerateSpec)
+        assert isinstance(made, AnswersSpec)
         reused = made.split is Split.train and self._opponent(k).pairs is Pairs.reuse and k > made.k
         draw, c = self._draw(k) if reused else None, self.config
         spec = ScoreSpec(

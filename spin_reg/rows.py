@@ -1,51 +1,69 @@
-"""Rows from files or the Hub, checked all in one pass: every fault is named with its row, its field and the rule."""
+"""Rows from files or the Hub: read once in their order, and again by their places, without holding them."""
 
 import codecs
 import json
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_reg.corpora import Hub, Jsonl
 from spin_reg.errors import DataError
-from spin_reg.fingerprint import digest
+from spin_reg.layouts import shown
 from spin_reg.redact import redacted
-from spin_reg.render import Messages, Unusable
-from spin_reg.settings import Dataset, Hub, Jsonl
-from spin_reg.tables import Row
+from spin_reg.render import Unusable
+from spin_reg.spool import BATCH, Spool
 
-ROLES = ("system", "user", "assistant")
-LAYOUTS = (("prompt", "response"), ("question", "answer"), ("instruction", "output"))
+Progress = Callable[[int, int, str], None]  # done, total, unit; raises where a signal asks to stop
 FORMATS = ("parquet", "json", "csv", "arrow", "text")  # of a Hub data set's files
-CONVERSATIONS = ("messages", "real")  # `real` is the column of SPIN's published data
 SHOWN = 20  # bad rows named in one error
-KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "a list", str: "text"}
 
 
 @dataclass(frozen=True)
-class Example:
-    """A conversation whose last message is the real answer; `number` is its row, from 1."""
+class Source:
+    """Rows to be read once in their order, and then by their places.
 
-    example_id: str
-    messages: Messages
-    number: int
+    `scan` yields a row's number (from 1), its place and the row, or an Unusable in its stead.
+    """
+
+    where: str
+    scan: Callable[[Progress], Iterator[tuple[int, int, Any]]]
+    fetch: Callable[[int], Any]
 
 
-def read(dataset: Dataset) -> tuple[list[Example], int]:
-    """Every row of a file or a Hub data set, and how many rows repeated an earlier one (those count once).
+@contextmanager
+def opened(part: Jsonl | Hub) -> Iterator[Source]:
+    """The rows of a file or a Hub data set. What stays in memory: of .jsonl, .parquet and Hub data nothing; a .json
+    file is one value, and is held whole.
 
     Raises:
-        DataError: the file cannot be read, has no rows, or has malformed ones (all found, the first 20 named).
+        DataError: it cannot be read.
     """
-    if isinstance(dataset, Jsonl):
-        where = str(Path(dataset.path).expanduser())
-        return _checked(_file_rows(Path(where)), where)
-    assert isinstance(dataset, Hub)
-    return _checked(_hub_rows(dataset), f"{dataset.path}, split {dataset.split}")
+    with ExitStack() as stack:
+        if isinstance(part, Hub):
+            where = f"{part.path}, split {part.split}"
+            table = _hub_table(part)
+            yield Source(where, partial(_scan_list, table), lambda place: table[place])
+            return
+        path = Path(part.path).expanduser()
+        if path.suffix == ".parquet":
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="spin-reg-")))
+            spools: list[Spool] = []
+            yield Source(str(path), partial(_scan_parquet, path, folder, spools), lambda place: spools[0][place])
+        elif path.suffix == ".json":
+            rows = _json(path)
+            yield Source(str(path), partial(_scan_list, rows), lambda place: rows[place])
+        else:
+            stream = stack.enter_context(path.open("rb"))
+            yield Source(str(path), partial(_scan_lines, stream), partial(_line_at, stream))
 
 
 def first(lines: list[str]) -> str:
@@ -54,48 +72,70 @@ def first(lines: list[str]) -> str:
     return "; ".join(lines[:SHOWN]) + more
 
 
-def shown(text: str) -> str:
-    """A text from the data as an error can show it: quoted, on one line, at most 60 characters."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def _scan_list(rows: Sequence[Any], progress: Progress) -> Iterator[tuple[int, int, Any]]:
+    for place, row in enumerate(rows):
+        if place % BATCH == 0:
+            progress(place, len(rows), "row")
+        yield place + 1, place, row
 
 
-def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix == ".parquet":
-        yield from enumerate(_parquet(path), start=1)
-        return
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if path.suffix == ".json":
-        try:
-            rows = _parsed(content)
-        except Unusable as fault:
-            raise _unreadable(path, f"it {fault}", "mend it, or use .jsonl, where the row can be named") from fault
-        yield from enumerate(rows if isinstance(rows, list) else [rows], start=1)
-        return
-    for number, line in enumerate(content.splitlines(), start=1):
-        if line.strip():
-            try:
-                row = _parsed(line)
-            except Unusable as fault:
-                row = fault
-            yield number, row
+def _scan_lines(stream: BinaryIO, progress: Progress) -> Iterator[tuple[int, int, Any]]:
+    size, place = os.fstat(stream.fileno()).st_size, stream.seek(0)
+    for number, line in enumerate(stream, start=1):
+        if number % BATCH == 1:
+            progress(place, size, "byte")
+        if _bare(line, place):
+            yield number, place, _line(line, place)
+        place += len(line)
+
+
+def _line_at(stream: BinaryIO, place: int) -> Any:
+    stream.seek(place)
+    return _line(stream.readline(), place)
+
+
+def _bare(line: bytes, place: int) -> bytes:
+    return (line.removeprefix(codecs.BOM_UTF8) if place == 0 else line).strip()
+
+
+def _line(line: bytes, place: int) -> Any:
+    try:
+        return _parsed(_bare(line, place))
+    except Unusable as fault:
+        return fault
+
+
+def _json(path: Path) -> list[Any]:
+    try:
+        rows = _parsed(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except Unusable as fault:
+        raise _unreadable(path, f"it {fault}", "mend it, or use .jsonl, where the row can be named") from fault
+    return rows if isinstance(rows, list) else [rows]
 
 
 def _unreadable(path: Path, why: str, todo: str) -> DataError:
     return DataError("The data file cannot be read.", where=str(path), why=why, todo=todo)
 
 
-def _parquet(path: Path) -> list[Row]:
+def _scan_parquet(path: Path, folder: Path, spools: list[Spool], progress: Progress) -> Iterator[tuple[int, int, Any]]:
+    """Parquet has no way to one row but through its row group, so its rows are kept in a spool, which has."""
+    place = 0
     try:
         with pq.ParquetFile(path) as file:
-            table = file.read()
-        rows: list[Row] = table.to_pylist()
+            names = Counter(file.schema_arrow.names)
+            twice = [name for name, count in names.items() if count > 1]
+            if twice:  # one of the two is not in the rows
+                raise _unreadable(path, f"it has the column {shown(twice[0])} twice", "rename one of them")
+            spools.append(Spool(folder / "rows.arrow", file.schema_arrow))
+            for batch in file.iter_batches(batch_size=BATCH):
+                progress(place, file.metadata.num_rows, "row")
+                spools[0].add(batch)
+                for row in batch.to_pylist():
+                    yield place + 1, place, row
+                    place += 1
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # a damaged file raises any of these
         why = f"it is not readable Parquet: {' '.join(str(error).split())[:200]}"
         raise _unreadable(path, why, "write it anew, or give another dataset.path") from error
-    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if twice:  # one of the two is not in the rows
-        raise _unreadable(path, f"it has the column {shown(twice[0])} twice", "rename one of them")
-    return rows
 
 
 def _parsed(content: bytes) -> Any:
@@ -137,7 +177,7 @@ def _fault(value: Any) -> str | None:
     return None
 
 
-def _hub_rows(dataset: Hub) -> Iterator[tuple[int, Any]]:
+def _hub_table(dataset: Hub) -> Sequence[Any]:
     import datasets
 
     try:
@@ -146,7 +186,7 @@ def _hub_rows(dataset: Hub) -> Iterator[tuple[int, Any]]:
         if kind not in FORMATS:
             raise ValueError(f"it is made of {kind} files; only {', '.join(FORMATS)} are read: others can hold pickles")
         builder.download_and_prepare()
-        table = builder.as_dataset(split=dataset.split)
+        table: Sequence[Any] = builder.as_dataset(split=dataset.split)
     except Exception as error:  # the Hub's clients raise a dozen kinds; each means the data are not to be had
         raise DataError(
             "The data set could not be loaded.",
@@ -154,94 +194,4 @@ def _hub_rows(dataset: Hub) -> Iterator[tuple[int, Any]]:
             why=f"{type(error).__name__}: {(redacted(str(error)).splitlines() or [''])[0][:200]}",
             todo="check the name, the split, the revision and the network",
         ) from error
-    yield from enumerate(table, start=1)
-
-
-def _checked(rows: Iterator[tuple[int, Any]], where: str) -> tuple[list[Example], int]:
-    examples: dict[str, Example] = {}
-    faults: list[str] = []
-    duplicates = 0
-    for number, row in rows:
-        try:
-            example = _example(row, number)
-            twin = examples.setdefault(example.example_id, example)
-            if twin is not example and row.get("id") is not None:
-                raise Unusable(f"has the id {shown(example.example_id)} of row {twin.number}")
-            duplicates += twin is not example
-        except Unusable as fault:
-            faults.append(f"row {number} {str(fault)[:500]}")
-    if faults:
-        raise DataError(
-            f"{len(faults)} row{'s' if len(faults) > 1 else ''} of the data cannot be read.",
-            where=where,
-            why=first(faults),
-            todo="mend or remove these rows (rows are counted from 1)",
-        )
-    if not examples:
-        raise DataError("The data set is empty.", where=where, why="no rows", todo="give a file with rows")
-    return list(examples.values()), duplicates
-
-
-def _example(row: Any, number: int) -> Example:
-    if isinstance(row, Unusable):
-        raise row
-    if not isinstance(row, dict):
-        raise Unusable(f"is {_kind(row)}, not an object with fields")
-    messages, own = _messages(row), row.get("id")
-    if isinstance(own, str):
-        own = _text(row, "id")
-    elif own is not None and (isinstance(own, bool) or not isinstance(own, int)):
-        raise Unusable(f"has an id that is {_kind(own)}, not text or a whole number")
-    return Example(str(own) if own is not None else digest(messages)[:16], messages, number)
-
-
-def _messages(row: Row) -> Messages:
-    for prompt, response in LAYOUTS:
-        if prompt in row and response in row:
-            asked = _text(row, prompt)
-            if prompt == "instruction" and row.get("input"):
-                asked = f"{asked}\n\n{_text(row, 'input')}"
-            return [{"role": "user", "content": asked}, {"role": "assistant", "content": _text(row, response)}]
-    for key in CONVERSATIONS:
-        if key in row:
-            return _conversation(row[key], key)
-    for layout in LAYOUTS:
-        for there, missing in (layout, layout[::-1]):
-            if there in row:
-                raise Unusable(f"has a field {there} but no {missing}")
-    names = ", ".join(shown(name) for name in sorted(row)[:5]) + (", ..." if len(row) > 5 else "")
-    known = ", ".join("/".join(layout) for layout in LAYOUTS)
-    raise Unusable(f"has the fields [{names}]; needed: {known}, or messages")
-
-
-def _kind(value: Any) -> str:
-    return "an object" if isinstance(value, dict) else KINDS.get(type(value), type(value).__name__)
-
-
-def _text(row: Row, key: str, of: str = "") -> str:
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise Unusable(f"has a {key}{of} that is {_kind(value)}, not text")
-    if not value.strip():
-        raise Unusable(f"has an empty {key}{of}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Unusable(f"has a {key}{of} with half a surrogate pair, which is no text") from None
-    return value
-
-
-def _conversation(value: Any, key: str) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise Unusable(f"has {key} that are not a list of messages")
-    messages: Messages = []
-    for i, message in enumerate(value, start=1):
-        if not isinstance(message, dict):
-            raise Unusable(f"has a message {i} in {key} that is {_kind(message)}, not an object with role and content")
-        if message.get("role") not in ROLES:
-            raise Unusable(f"has a message {i} in {key} without a role among {', '.join(ROLES)}")
-        messages.append({"role": message["role"], "content": _text(message, "content", f" of message {i} in {key}")})
-    turns = [m["role"] for m in messages if m["role"] != "system"]
-    if turns[-1:] != ["assistant"] or turns != ["user", "assistant"] * (len(turns) // 2):
-        raise Unusable(f"has {key} that do not alternate user, assistant, ..., ending with the assistant's answer")
-    return messages
+    return table

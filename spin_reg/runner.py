@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_reg import durable, rundir, stopping
+from spin_reg import durable, rundir, stopping, usage
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
@@ -197,6 +197,7 @@ class _Maker:
     def make(self, stage: Stage, context: Context) -> None:
         """Run a stage, or only finish it where a kill came just before its folder was renamed."""
         began = self.clock()
+        usage.begin()
         for need in stage.needs.values():
             self.whole(need)
         held = {role: str(content) for role, content in contents(self.root, stage).items()}
@@ -206,7 +207,9 @@ class _Maker:
             rundir.seal(stage, work, held)
         self._same_as_before(stage, work)
         rundir.publish(self.root, stage, work)
-        self.listener.finished(stage, self.clock() - began)
+        seconds = self.clock() - began
+        log.info("%s: took %s", stage.name, json.dumps({"seconds": round(seconds, 2)} | usage.peak()))
+        self.listener.finished(stage, seconds)
 
     def whole(self, stage: Stage) -> None:
         """Check the content of an input before it is used, once a process; make it again where that can be done."""

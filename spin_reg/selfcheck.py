@@ -18,7 +18,7 @@ from spin_reg.errors import NonFiniteError, SelfCheckError
 from spin_reg.opponents import Reference, evaluate, scorers
 from spin_reg.tables import Row
 
-Scores = Mapping[int, Mapping[str, Row]]
+Scores = Mapping[int, Mapping[str, float]]
 ROWS = 16
 SHOWN = 8  # rows named in one error
 log = logging.getLogger(__name__)
@@ -64,20 +64,19 @@ def to_check(
     """The first pairs for which iterate t's log-probs of both answers are stored.
 
     Args:
-        real: scores of real answers by scoring iterate and example_id. generated: the same of generated answers, by the
-            iterate that gave them.
+        real: log-probs of real answers by scoring iterate and example_id. generated: the same of generated answers, by
+            the iterate that gave them.
     """
     found: list[Stored] = []
     for pair in pairs:
         name, j = pair["example_id"], pair["sampled_from"]
-        if len(found) < ROWS and name in real[t] and name in generated[j][t]:
+        if name in real[t] and name in generated[j][t]:
             tables = (real, generated[j])
-            own = [float(table[t][name]["logprob"]) for table in tables]
-            mixed = [
-                evaluate(reference, {k: float(table[k][name]["logprob"]) for k in scorers(reference, j)}, j)
-                for table in tables
-            ]
+            own = [table[t][name] for table in tables]
+            mixed = [evaluate(reference, {k: table[k][name] for k in scorers(reference, j)}, j) for table in tables]
             found.append(Stored(pair, own[0], own[1], mixed[0], mixed[1]))
+        if len(found) == ROWS:
+            break
     return found
 
 

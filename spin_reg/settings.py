@@ -12,6 +12,7 @@ from typing import Any
 
 from spin_reg.schedules import per_iteration
 
+ALL_LINEAR = "all-linear"
 MISSING = "???"  # the text OmegaConf knows as "must be given"
 
 
@@ -26,7 +27,8 @@ def check(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _positive(**values: Any) -> None:
+def positive(**values: Any) -> None:
+    """Raise ValueError unless each value is None or at least 1; names are keys with `__` for the dot."""
     for name, v in values.items():
         check(v is None or v >= 1, f"{name.replace('__', '.')}={v}: give a whole number from 1")
 
@@ -59,6 +61,12 @@ class LossName(StrEnum):
     ipo = "ipo"
 
 
+class Quantize(StrEnum):
+    none = "none"
+    nf4 = "nf4"
+    int8 = "int8"
+
+
 class KeepIterates(StrEnum):
     """Whose weights stay: all; those that the rest of the run or one more iteration needs; the last iterate's."""
 
@@ -83,7 +91,7 @@ class Sft:
     def __post_init__(self) -> None:
         check(self.epochs >= 0, f"model.sft.epochs={self.epochs}: give 0 (no SFT stage) or more")
         check(self.learning_rate > 0, f"model.sft.learning_rate={self.learning_rate}: give a number above 0")
-        _positive(model__sft__batch_size=self.batch_size)
+        positive(model__sft__batch_size=self.batch_size)
 
 
 @dataclass
@@ -105,76 +113,76 @@ class Tiny(Model):
     init_seed: int = 0
 
     def __post_init__(self) -> None:
-        _positive(model__hidden_size=self.hidden_size, model__num_layers=self.num_layers)
-        _positive(model__num_heads=self.num_heads)
+        positive(model__hidden_size=self.hidden_size, model__num_layers=self.num_layers)
+        positive(model__num_heads=self.num_heads)
         even = self.hidden_size % (2 * self.num_heads) == 0
         check(even, f"model.hidden_size={self.hidden_size}: give a multiple of 2 * model.num_heads")
 
 
 @dataclass
+class Lora:
+    """A low-rank adapter that is trained in place of the weights; `rank` 0: none. Scaled by alpha / rank.
+
+    `alpha` null means 2 * rank. `target_modules`: `all-linear` (all but the output layer), or a list of layers' names.
+    `quantize`: the frozen base in 4 or 8 bits (QLoRA, arXiv 2305.14314), for scoring and sampling too.
+    """
+
+    rank: int = 0
+    alpha: int | None = None
+    target_modules: Any = ALL_LINEAR
+    quantize: Quantize = Quantize.none
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 0, f"model.lora.rank={self.rank}: give 0 (no adapter) or more")
+        positive(model__lora__alpha=self.alpha)
+        names = self.target_modules
+        ok = names == ALL_LINEAR or (isinstance(names, list) and bool(names) and all(isinstance(n, str) for n in names))
+        check(ok, f"model.lora.target_modules={names}: give all-linear, or a list of names as [q_proj,v_proj]")
+        if self.rank == 0:
+            for key, off in (("alpha", None), ("target_modules", ALL_LINEAR), ("quantize", Quantize.none)):
+                value = getattr(self, key)
+                check(
+                    value == off, f"model.lora.{key}={value}: without an adapter it does nothing; set model.lora.rank"
+                )
+
+    def scale(self) -> int:
+        """LoRA's alpha."""
+        return 2 * self.rank if self.alpha is None else self.alpha
+
+
+@dataclass
 class Pretrained(Model):
-    """A causal language model with a chat template: a local Hugging Face folder, or a Hub name with a revision."""
+    """A causal language model with a chat template: a local Hugging Face folder, or a Hub name with a revision.
+
+    `gguf_file`: the name of a GGUF file in it, read in place of safetensors, its weights written out in `dtype`.
+    `chat_template`: a file with a Jinja template in place of the tokenizer's own, or of a missing one.
+    `template_kwargs`: what else the template is given by name. Both are saved with the tokenizer of every iterate.
+    """
 
     name_or_path: str = MISSING
     revision: str | None = None
+    gguf_file: str | None = None
     trust_remote_code: bool = False
+    chat_template: str | None = None
+    template_kwargs: Any = None
+    lora: Lora = field(default_factory=Lora)
 
     def __post_init__(self) -> None:
+        name = self.gguf_file
+        ok = name is None or (name.endswith(".gguf") and "/" not in name and "\\" not in name)
+        check(ok, f"model.gguf_file={name}: give the name of one .gguf file in the model's folder")
+        ok = name is None or self.lora.quantize is Quantize.none
+        check(ok, f"model.gguf_file={name}: its weights are written out when read; leave model.lora.quantize out")
         pinned = re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
         check(
             pinned or not self.trust_remote_code,
             "model.trust_remote_code=true: code is run only from a commit that cannot move; give model.revision=COMMIT "
             "with all its 40 hex digits, and read that code first",
         )
-
-
-@dataclass
-class Dataset:
-    """What every data set has. A prompt or an answer over its limit drops the row, counted and listed."""
-
-    seed: int = 0
-    num_prompts: int | None = None
-    num_heldout: int = 64
-    max_prompt_tokens: int = 512
-    max_response_tokens: int = 512
-    max_dropped: float = 0.05
-
-    def __post_init__(self) -> None:
-        _positive(dataset__num_prompts=self.num_prompts, dataset__max_prompt_tokens=self.max_prompt_tokens)
-        _positive(dataset__max_response_tokens=self.max_response_tokens, dataset__num_heldout=self.num_heldout)
-        ok = 0 <= self.max_dropped <= 1
-        check(ok, f"dataset.max_dropped={self.max_dropped}: give the share of rows that may be dropped, 0 to 1")
-
-
-@dataclass
-class Toy(Dataset):
-    """The embedded language with a known distribution; `num_prompts` pairs, and as many of a retained skill."""
-
-    smoothing: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.num_prompts is not None, "dataset.num_prompts=null: the toy has no end; give a number")
-        check(self.num_heldout > 1, "dataset.num_heldout=1: the toy's standard errors need 2 or more")
-        ok = 0 < self.smoothing < 0.5
-        check(ok, f"dataset.smoothing={self.smoothing}: give a probability above 0 (full support) and below 0.5")
-
-
-@dataclass
-class Jsonl(Dataset):
-    """A local .jsonl, .json or .parquet file."""
-
-    path: str = MISSING
-
-
-@dataclass
-class Hub(Dataset):
-    """A data set of the Hugging Face Hub at a revision, or a folder laid out like one."""
-
-    path: str = MISSING
-    subset: str | None = None
-    revision: str | None = None
-    split: str = "train"
+        named = self.template_kwargs or {}
+        ok = isinstance(named, dict) and all(isinstance(name, str) for name in named)
+        check(ok, f"model.template_kwargs={named}: give names and values as {{enable_thinking: false}}")
+        self.template_kwargs = named
 
 
 @dataclass
@@ -194,8 +202,8 @@ class Schedule:
     save_every: int = runtime(200)
 
     def __post_init__(self) -> None:
-        _positive(schedule__iterations=self.iterations, schedule__batch_size=self.batch_size)
-        _positive(schedule__save_every=self.save_every)
+        positive(schedule__iterations=self.iterations, schedule__batch_size=self.batch_size)
+        positive(schedule__save_every=self.save_every)
         self.epochs = per_iteration("schedule.epochs", self.epochs, low=1, whole=True)
         self.learning_rate = per_iteration("schedule.learning_rate", self.learning_rate, low=0, open_low=True)
         self.beta = per_iteration("schedule.beta", self.beta, low=0, open_low=True)
@@ -226,7 +234,7 @@ class Generation:
         ok = math.isfinite(self.temperature) and self.temperature > 0
         check(ok, f"generation.temperature={self.temperature}: give a number above 0 (1 samples the policy itself)")
         check(0 < self.top_p <= 1, f"generation.top_p={self.top_p}: give a number above 0, up to 1")
-        _positive(generation__max_new_tokens=self.max_new_tokens, generation__batch_size=self.batch_size)
+        positive(generation__max_new_tokens=self.max_new_tokens, generation__batch_size=self.batch_size)
 
 
 @dataclass
@@ -285,5 +293,5 @@ class Hardware:
     threads: int | None = runtime(None)
 
     def __post_init__(self) -> None:
-        _positive(hardware__micro_batch_size=self.micro_batch_size, hardware__threads=self.threads)
-        _positive(hardware__score_batch_size=self.score_batch_size)
+        positive(hardware__micro_batch_size=self.micro_batch_size, hardware__threads=self.threads)
+        positive(hardware__score_batch_size=self.score_batch_size)

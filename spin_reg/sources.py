@@ -1,16 +1,15 @@
 """Where models and data come from: local folders and files, or the Hub; resolved and hashed without torch."""
 
 import json
-import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from spin_reg import hub, templates
+from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.errors import ConfigError, DamagedError, DataError
 from spin_reg.fingerprint import digest, file_sha256
-from spin_reg.redact import redacted
-from spin_reg.settings import Dataset, Generation, Hub, Jsonl, Model, Pretrained, Tiny
+from spin_reg.settings import Model, Pretrained
 
 MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 CODE_FILES = ("*.py",)  # where model.trust_remote_code runs them; left alone otherwise
@@ -19,11 +18,13 @@ TOKENIZER_FILES = (
     *("*.model", "tekken.json"),
     *("generation_config.json", "config.json"),  # which tokens end an answer
 )
-TINY_POSITIONS, TINY_VOCABULARY = 4096, 261  # of the model made on the spot: 256 bytes and 5 marks
 
 
-def model_folder(model: Pretrained) -> Path:
+def model_folder(model: Pretrained, *, weights: bool = True) -> Path:
     """The local folder that holds the model; a Hub name is downloaded at its revision (or found in the Hub's cache).
+
+    Args:
+        weights: False for those who read none: safetensors of the Hub that are not here yet are left there.
 
     Raises:
         ConfigError: neither a folder with a config.json and safetensors, nor a reachable Hub name; or it asks for code
@@ -31,7 +32,10 @@ def model_folder(model: Pretrained) -> Path:
     """
     folder = Path(model.name_or_path).expanduser()
     if not folder.exists():
-        folder = _from_hub(model, folder)
+        whole = weights or model.gguf_file is not None
+        folder = hub.folder(model, model_files(model), weights=whole)
+        if not whole and hub.record(model, folder.name) is None:  # what lies in the cache must then be all of it
+            folder = hub.folder(model, model_files(model), weights=True)
     elif model.trust_remote_code:
         raise ConfigError(
             "The code of a local folder is not run.",
@@ -39,14 +43,29 @@ def model_folder(model: Pretrained) -> Path:
             why="model.trust_remote_code runs a commit of the Hub, which is pinned; a folder is not",
             todo="give the Hub's name and model.revision, or leave model.trust_remote_code out",
         )
+    if model.gguf_file is not None:
+        if not (folder / model.gguf_file).is_file():
+            raise _no_model(folder, f"it has no {model.gguf_file}", "set model.gguf_file to a file that it has")
+        return folder
     if not (folder / "config.json").exists():
         raise _no_model(folder, "it has no config.json", "give a Hugging Face folder as save_pretrained writes it")
-    if not list(folder.glob("*.safetensors")):
+    if not any(name.endswith(".safetensors") for name in names(model, folder)):
         why = "it has no safetensors weights; no others are read, since .bin and .pt files are pickles and can run code"
         raise _no_model(folder, why, "save it anew with save_pretrained, which writes safetensors")
     _refuse_other_weights(folder)
     _refuse_code(folder, model.trust_remote_code)
     return folder
+
+
+def on_hub(model: Pretrained) -> bool:
+    """Whether a model is a name of the Hub, not a local folder."""
+    return not Path(model.name_or_path).expanduser().exists()
+
+
+def names(model: Pretrained, folder: Path) -> set[str]:
+    """The names of a model's files, those that are still on the Hub with them."""
+    there = hub.record(model, folder.name) if on_hub(model) else None
+    return {path.name for path in folder.iterdir()} | set(there or ())
 
 
 def _no_model(where: Path, why: str, todo: str) -> ConfigError:
@@ -62,7 +81,7 @@ def json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise _no_model(path, f"it is not JSON ({_first_line(error)})", "put the file back as it was") from error
+        raise _no_model(path, f"it is not JSON ({hub.first_line(error)})", "put the file back as it was") from error
     if not isinstance(found, dict):
         raise _no_model(path, f"it is a {type(found).__name__}, not an object", "put the file back as it was")
     return found
@@ -104,36 +123,6 @@ def _refuse_code(folder: Path, trusted: bool) -> None:
             )
 
 
-def weight_files(model: Pretrained) -> list[Path]:
-    """The safetensors files that hold a model's weights."""
-    folder = model_folder(model)
-    for index in folder.glob("*.safetensors.index.json"):
-        return [folder / name for name in sorted(set(json_object(index)["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    return [single] if single.exists() else sorted(folder.glob("*.safetensors"))
-
-
-def parameters(model: Model) -> int:
-    """How many weights an iterate of this model has, from the headers of its files.
-
-    Raises:
-        DamagedError: they are no safetensors files.
-    """
-    if isinstance(model, Tiny):
-        h, v = model.hidden_size, TINY_VOCABULARY
-        return model.num_layers * (4 * h * h + 3 * h * 8 * (h // 3) + 2 * h) + 2 * v * h + h
-    assert isinstance(model, Pretrained)
-    total = 0
-    for path in weight_files(model):
-        try:
-            with safe_open(path, framework="np") as file:
-                names = file.keys()
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-        except (SafetensorError, OSError) as error:
-            raise unreadable_weights(path, error) from error
-    return total
-
-
 def unreadable_weights(where: Path, error: Exception) -> DamagedError:
     """The error for weights that are no whole safetensors files."""
     return DamagedError(
@@ -146,97 +135,82 @@ def unreadable_weights(where: Path, error: Exception) -> DamagedError:
 
 def model_revision(model: Pretrained) -> str | None:
     """The commit of a model of the Hub (its snapshot's name); None for a local folder."""
-    return None if Path(model.name_or_path).expanduser().exists() else model_folder(model).name
-
-
-def _from_hub(model: Pretrained, folder: Path) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        allowed = list(model_files(model))
-        return Path(snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=allowed))
-    except Exception as error:  # the Hub's client raises a dozen kinds; each means the model is not to be had
-        raise ConfigError(
-            "The model was not found.",
-            where=f"model.name_or_path={model.name_or_path}",
-            why=f"there is no folder {folder}, and the Hub answered {type(error).__name__}: {_first_line(error)}",
-            todo="give a local folder, or a Hub name (and model.revision) that this machine can reach",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (redacted(str(error)).splitlines() or [""])[0][:200]
+    return model_folder(model, weights=False).name if on_hub(model) else None
 
 
 def model_files(model: Pretrained) -> tuple[str, ...]:
     """The files that make a model what it is; its code is one of them where it is run."""
+    if model.gguf_file is not None:
+        return (model.gguf_file,)
     return (*MODEL_FILES, *CODE_FILES) if model.trust_remote_code else MODEL_FILES
 
 
 def files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
     """One SHA-256 over the names and contents of the files of a folder that match."""
-    files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return digest([[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files])
+    return _together({path.relative_to(folder): file_sha256(path) for path in _matching(folder, patterns)})
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> set[Path]:
+    return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+
+
+def _together(sha256: dict[Path, str]) -> str:
+    return digest([[path.as_posix(), sha256[path]] for path in sorted(sha256)])
+
+
+def _model_files_sha256(model: Pretrained, patterns: tuple[str, ...]) -> str:
+    """`files_sha256` of the model's whole folder. What the Hub has the hash of on record need not be here for it."""
+    folder = model_folder(model, weights=False)
+    there = hub.record(model, folder.name) if on_hub(model) else {}
+    wanted = {n for n in there or () if any(fnmatchcase(n, pattern) for pattern in patterns)}
+    known = {Path(n): file.sha256 for n, file in (there or {}).items() if n in wanted and file.sha256 is not None}
+    here = {path.relative_to(folder): path for path in _matching(folder, patterns)}
+    if there is None or not {Path(n) for n in wanted} <= {*known, *here}:  # it cannot be asked, or has weights in git
+        return files_sha256(model_folder(model), patterns)
+    return _together({name: file_sha256(path) for name, path in here.items() if name not in known} | known)
+
+
+def checked_folder(model: Pretrained, expected: str | None, says: str) -> Path:
+    """The whole folder of a model whose files must still hash to what they did.
+
+    Args:
+        says: where `expected` stands.
+
+    Raises:
+        DamagedError: they do not.
+    """
+    folder = model_folder(model)
+    found = files_sha256(folder, model_files(model))
+    if found != expected:
+        raise DamagedError(
+            "The base model is not the one this run was made with.",
+            where=str(folder),
+            why=f"its files hash to {found[:12]}, but {says} says {str(expected)[:12]}",
+            todo="put the old files back, or begin a run of its own with the new ones",
+        )
+    return folder
 
 
 def model_sha256(model: Model) -> str | None:
     """The identity of a pretrained model's files (weights, configuration, tokenizer); None where it is made here."""
-    return files_sha256(model_folder(model), model_files(model)) if isinstance(model, Pretrained) else None
+    return _model_files_sha256(model, model_files(model)) if isinstance(model, Pretrained) else None
 
 
 def tokenizer_sha256(model: Model) -> str:
-    """The identity of a model's tokenizer and chat template."""
+    """The identity of a model's tokenizer and chat template, and of what the template is given."""
     if isinstance(model, Pretrained):
         code = CODE_FILES if model.trust_remote_code else ()
-        return files_sha256(model_folder(model), (*TOKENIZER_FILES, *code))
+        own = TOKENIZER_FILES if model.gguf_file is None else model_files(model)
+        files, asked = _model_files_sha256(model, (*own, *code)), templates.asked(model)
+        return digest([files, asked]) if asked else files
     return "byte-level tokenizer, 1"
 
 
-def positions(model: Model) -> int | None:
-    """How many tokens a model can read at once, as its config.json says it (with its RoPE scaling); None: no limit."""
-    if not isinstance(model, Pretrained):
-        return TINY_POSITIONS
-    path = model_folder(model) / "config.json"
-    try:
-        settings: dict[str, Any] = json.loads(path.read_bytes())
-        settings = settings.get("text_config") or settings  # of a model that reads pictures too
-        found = settings.get("max_position_embeddings", settings.get("n_positions"))
-        if found is None:
-            return None
-        scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        scaled = scaling.get("original_max_position_embeddings", found) * (scaling.get("factor") or 1)
-        return max(int(found), int(scaled))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            "The model's config.json cannot be read.",
-            where=str(path),
-            why=" ".join(str(error).split())[:200],
-            todo="put the file back as save_pretrained wrote it",
-        ) from error
-
-
-def check_positions(model: Model, dataset: Dataset, generation: Generation) -> None:
-    """A prompt at its limit with an answer at its limit, real or generated, must fit the model's positions.
-
-    Raises:
-        ConfigError: it does not; learned positions would end in an IndexError, rotary ones in worse and worse text.
-    """
-    room = positions(model)
-    answers = {"dataset.max_response_tokens": dataset.max_response_tokens}
-    answers["generation.max_new_tokens"] = generation.max_new_tokens or dataset.max_response_tokens
-    key = max(answers, key=lambda name: answers[name])
-    needed = dataset.max_prompt_tokens + answers[key]
-    if room is not None and needed > room:
-        raise ConfigError(
-            "A prompt and its answer may not fit the model.",
-            where=f"dataset.max_prompt_tokens={dataset.max_prompt_tokens}, {key}={answers[key]}",
-            why=f"they may have {needed} tokens together, and the model has {room} positions",
-            todo="lower one of these two limits, or choose a model with more positions",
-        )
-
-
 def data_sha256(dataset: Dataset) -> str | None:
-    """The identity of the data: a file's content, a Hub data set's commit; None where it is made here."""
+    """The identity of the data: a file's content, a Hub data set's commit, of a mixture each part's, in its order and
+    with commas between; None where it is made here."""
+    if isinstance(dataset, Mixture):
+        return ",".join(str(data_sha256(part)) for part in parts(dataset))
     if isinstance(dataset, Jsonl):
         path = Path(dataset.path).expanduser()
         if path.is_dir():
@@ -250,21 +224,6 @@ def data_sha256(dataset: Dataset) -> str | None:
             )
         return file_sha256(path)
     if isinstance(dataset, Hub):
-        return _hub_commit(dataset)
+        folder = Path(dataset.path)
+        return files_sha256(folder, ("**/*",)) if folder.is_dir() else hub.data_commit(dataset.path, dataset.revision)
     return None
-
-
-def _hub_commit(dataset: Hub) -> str:
-    if Path(dataset.path).is_dir():
-        return files_sha256(Path(dataset.path), ("**/*",))
-    from huggingface_hub import HfApi
-
-    try:
-        return str(HfApi().dataset_info(dataset.path, revision=dataset.revision).sha)
-    except Exception as error:  # as above
-        raise DataError(
-            "The data set was not found on the Hub.",
-            where=f"dataset.path={dataset.path}",
-            why=f"the Hub answered {type(error).__name__}: {_first_line(error)}",
-            todo="check the name, dataset.revision and the network; a local copy works with dataset=jsonl",
-        ) from error

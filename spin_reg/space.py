@@ -6,13 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spin_reg import durable, rundir, sources
+from spin_reg import durable, rundir, sizes
 from spin_reg.config import Config
+from spin_reg.corpora import published
 from spin_reg.errors import DamagedError, NoSpace
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.runner import contents
-from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer
-from spin_reg.specs import EvaluateSpec, GenerateSpec, PairsSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec
+from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer, Pretrained
+from spin_reg.specs import (
+    AnswersSpec,
+    EvaluateSpec,
+    PairsSpec,
+    PrepareSpec,
+    ScoreSpec,
+    SftSpec,
+    Split,
+    TrainSpec,
+)
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
 TOKEN = 8  # bytes a token at most, as a number and as text, before compression
@@ -22,19 +32,24 @@ SLOTS = {Optimizer.adamw: 2, Optimizer.rmsprop: 1}  # numbers a weight that the 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes. `peak` is the most that is held at one time, half-written files included; the others are sums."""
+    """Bytes. `peak` is the most that is held at one time, half-written files included; the others are sums.
+
+    `download` goes to the Hub's cache, wherever that lies, and is part of none of them.
+    """
 
     peak: int
     iterates: int
     checkpoints: int
     tables: int
     counted: bool  # whether the number of examples is known
+    download: int = 0
 
     def words(self) -> str:
         parts = (("iterates", self.iterates), ("a training checkpoint", self.checkpoints), ("tables", self.tables))
         listed = ", ".join(f"{name} {human(size)}" for name, size in parts)
         unknown = "" if self.counted else ", before the data are counted"
-        return f"{human(self.peak)} at most ({listed}{unknown})"
+        first = f", and {human(self.download)} of weights to download" if self.download else ""
+        return f"{human(self.peak)} at most ({listed}{unknown}){first}"
 
 
 def unneeded(
@@ -85,7 +100,8 @@ def need(
         rows: how many examples each split has, or may have.
         keep, future: what is removed on the way (see `unneeded`).
     """
-    weights = sources.parameters(model) * BYTES[model.dtype]
+    adapter = isinstance(model, Pretrained) and model.lora.rank > 0  # PEFT keeps adapters in float32
+    weights = sizes.trained_parameters(model) * (4 if adapter else BYTES[model.dtype])
     held, peak, iterates, checkpoints, tables = 0, 0, 0, 0, 0
     gone: set[str] = set()
     for stage in todo:
@@ -108,7 +124,8 @@ def need(
             if useless.name not in gone and useless in todo:
                 gone.add(useless.name)
                 held -= weights
-    return Need(peak, iterates, checkpoints, tables, counted=rows[Split.train] > 0)
+    download = sizes.to_download(model) if todo else 0
+    return Need(peak, iterates, checkpoints, tables, counted=rows[Split.train] > 0, download=download)
 
 
 def _table(stage: Stage, rows: Mapping[Split, int]) -> int:
@@ -120,8 +137,8 @@ def _table(stage: Stage, rows: Mapping[Split, int]) -> int:
     assert isinstance(data.spec, PrepareSpec)
     prompt, response = data.spec.dataset.max_prompt_tokens, data.spec.dataset.max_response_tokens
     if isinstance(spec, PrepareSpec):
-        return sum(rows.values()) * (ROW + TOKEN * (prompt + response))
-    if isinstance(spec, GenerateSpec):
+        return sum(rows.values()) * (ROW + TOKEN * (prompt + (2 if published(spec.dataset) else 1) * response))
+    if isinstance(spec, AnswersSpec):
         return rows[spec.split] * (ROW + TOKEN * spec.max_new_tokens)
     if isinstance(spec, ScoreSpec):
         tokens = 0 if spec.split is Split.train else response

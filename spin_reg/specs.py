@@ -4,18 +4,20 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
+from spin_reg.corpora import Dataset
 from spin_reg.opponents import Draw
 from spin_reg.settings import (
-    Dataset,
     Dtype,
     Generation,
     Hardware,
     LengthNorm,
+    Lora,
     Loss,
     LrScheduler,
     Model,
     Optimizer,
     Pretrained,
+    Quantize,
     Sft,
     runtime,
 )
@@ -36,7 +38,8 @@ class Policy:
 
     dtype: Dtype
     attn_implementation: str | None
-    layout: tuple[int, ...] | None  # batch sizes, where arithmetic is so coarse that they change results (bf16)
+    layout: tuple[int, ...] | None  # batch sizes, where arithmetic is so coarse that they change results
+    quantize: Quantize = Quantize.none
     trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
 
 
@@ -57,7 +60,7 @@ class PrepareSpec(Kept):
     """Data into token ids, split into train and held-out."""
 
     kind: ClassVar[str] = "prepare"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     model: Model = field(metadata={"runtime": True})  # only its tokenizer matters here
     tokenizer: str
@@ -67,14 +70,17 @@ class PrepareSpec(Kept):
 
 @dataclass(frozen=True)
 class BaseSpec(Kept):
-    """Iterate 0 is the base as it is."""
+    """Iterate 0 is the base as it is; what is fine-tuned later, and how, is no part of it."""
 
     kind: ClassVar[str] = "base"
     version: ClassVar[int] = 1
     precious: ClassVar[bool] = True
 
-    model: Pretrained
+    model: Pretrained = field(metadata={"runtime": True})
+    name: str
+    revision: str | None
     sha256: str
+    tokenizer: str  # its chat template too, which may come from elsewhere
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,19 @@ class GenerateSpec(Kept):
     seed: int
     policy: Policy
     hardware: Hardware
+
+
+@dataclass(frozen=True)
+class PublishedSpec(Kept):
+    """Answers to the training prompts that the data set brings with it, in place of iterate k's own."""
+
+    kind: ClassVar[str] = "published"
+    version: ClassVar[int] = 1
+
+    k: int
+    split: Split
+    max_new_tokens: int
+    model: Model = field(metadata={"runtime": True})  # only its tokenizer matters here, and the data have that
 
 
 @dataclass(frozen=True)
@@ -165,6 +184,7 @@ class TrainSpec(Kept):
     weight_decay: float
     max_grad_norm: float
     loss: Loss
+    lora: Lora | None
     seed: int
     policy: Policy
     hardware: Hardware
@@ -186,7 +206,8 @@ class EvaluateSpec(Kept):
     num_samples: int
 
 
-Spec = PrepareSpec | BaseSpec | SftSpec | GenerateSpec | ScoreSpec | PairsSpec | TrainSpec | EvaluateSpec
+AnswersSpec = GenerateSpec | PublishedSpec
+Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | EvaluateSpec
 
 
 def answers_role(j: int) -> str:

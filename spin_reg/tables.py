@@ -1,19 +1,28 @@
-"""Parquet tables: written durably, read whole, joined by id and never by position."""
+"""Parquet tables: written durably, read a few rows at a time, joined by id and never by position.
 
+What a table costs in memory is its ids, numbers and a few hundred rows, whatever its length.
+"""
+
+import bisect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spin_reg import durable
 from spin_reg.errors import DamagedError
+from spin_reg.spool import BATCH, batches
+from spin_reg.spool import Row as Row
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
+IN_ORDER, IN_ANY_ORDER = 4, 64  # row groups of 256 rows that stay decoded, about 4 bytes a token
 IDS = pa.list_(pa.int32())
 
 EXAMPLES = pa.schema(
@@ -24,6 +33,7 @@ EXAMPLES = pa.schema(
         ("data_logprob", pa.float64()),  # log p_data(real | prompt) where it is known, else null
         ("prompt", pa.string()),
         ("real", pa.string()),
+        ("source", pa.string()),  # the part of the data that the row is from; null where it was made
     ]
 )
 ANSWERS = pa.schema(
@@ -35,6 +45,8 @@ ANSWERS = pa.schema(
         ("generated", pa.string()),
     ]
 )
+PUBLISHED = pa.schema([("example_id", pa.string()), ("generated_ids", IDS), ("generated", pa.string())])
+PREPARED = pa.unify_schemas([EXAMPLES, PUBLISHED])  # both, while they are made
 SCORES = pa.schema(
     [
         ("example_id", pa.string()),
@@ -59,35 +71,122 @@ PAIRS = pa.schema(
 )
 
 
-def write(path: Path, rows: Sequence[Row], schema: pa.Schema) -> None:
-    """Rows as one Parquet file; the same rows make the same bytes."""
-    durable.write_bytes(path, _parquet(rows, schema))
+def write(path: Path, rows: Iterable[Row], schema: pa.Schema) -> None:
+    """Rows as one Parquet file, 256 in memory at a time; the same rows make the same bytes."""
+    with durable.writing(path) as stream:
+        _fill(stream, rows, schema)
+
+
+def _fill(sink: Any, rows: Iterable[Row], schema: pa.Schema) -> None:
+    with pq.ParquetWriter(sink, schema) as writer:
+        for batch in batches(rows, schema):
+            writer.write_batch(batch)
 
 
 def _parquet(rows: Sequence[Row], schema: pa.Schema) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), sink)
+    _fill(sink, rows, schema)
     return bytes(sink.getvalue().to_pybytes())
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a Parquet file."""
-    rows: list[Row] = pq.read_table(path).to_pylist()
-    return rows
+class Rows(Sequence[Row]):
+    """`count` rows, each made when it is asked for; a slice is a list."""
+
+    def __init__(self, count: int, row: Callable[[int], Row]) -> None:
+        self._count, self._row = count, row
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, i: int) -> Row: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Row]: ...
+    def __getitem__(self, i: int | slice) -> Row | list[Row]:
+        there = range(self._count)
+        return [self._row(k) for k in there[i]] if isinstance(i, slice) else self._row(there[i])
 
 
-def by_id(rows: Iterable[Row], where: Path) -> dict[str, Row]:
-    """Rows by `example_id`; a second row with one id is an error."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        if found.setdefault(row["example_id"], row) is not row:
-            raise DamagedError(
-                "A table has two rows with one id.",
-                where=f"{where}, example_id {row['example_id']}",
-                why="rows are joined by id, so an id stands once",
-                todo="delete the folder that holds the table; the next call makes it again",
-            )
+def read(*paths: Path, columns: Sequence[str] | None = None, kept: int = IN_ORDER) -> Rows:
+    """The rows of one or more Parquet files, one file after the other.
+
+    Args:
+        columns: what a row has; None: all. kept: row groups that stay decoded; more of them where rows are not asked
+            for in their order.
+    """
+    files = [pq.ParquetFile(path) for path in paths]
+    groups = [(file, g) for file in files for g in range(file.num_row_groups)]
+    ends = array("q")
+    for file, g in groups:
+        ends.append((ends[-1] if ends else 0) + file.metadata.row_group(g).num_rows)
+
+    @lru_cache(maxsize=kept)
+    def group(n: int) -> pa.Table:
+        file, g = groups[n]
+        return file.read_row_group(g, columns=columns, use_threads=False)
+
+    def row(i: int) -> Row:
+        n = bisect.bisect_right(ends, i)
+        table = group(n)
+        (found,) = table.slice(i - (ends[n] - table.num_rows), 1).to_pylist()
+        return dict(found)
+
+    return Rows(ends[-1] if ends else 0, row)
+
+
+def column(name: str, *paths: Path) -> list[Any]:
+    """One column of ids or numbers, whole."""
+    return [value for path in paths for value in pq.read_table(path, columns=[name]).column(name).to_pylist()]
+
+
+def lengths(name: str, *paths: Path) -> "array[int]":
+    """How many tokens each row has in a column of token ids."""
+    found = array("q")
+    for path in paths:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH, columns=[name], use_threads=False):
+            found.extend(pc.list_value_length(batch.column(0)).to_pylist())
     return found
+
+
+class ById(Mapping[str, Row]):
+    """The rows of a table by `example_id`, in their order, each read when it is asked for."""
+
+    def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
+        self._rows, self._places = read(path, columns=columns), dict[str, int]()
+        for i, name in enumerate(column("example_id", path)):
+            _once(name, self._places, path)
+            self._places[name] = i
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[self._places[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def numbers_by_id(name: str, path: Path) -> dict[str, float]:
+    """A column of numbers by `example_id`; a second row with one id is an error."""
+    found: dict[str, float] = {}
+    for key, value in zip(column("example_id", path), column(name, path), strict=True):
+        _once(key, found, path)
+        found[key] = value
+    return found
+
+
+def _once(name: str, found: Mapping[str, object], where: Path) -> None:
+    if name in found:
+        raise DamagedError(
+            "A table has two rows with one id.",
+            where=f"{where}, example_id {name}",
+            why="rows are joined by id, so an id stands once",
+            todo="delete the folder that holds the table; the next call makes it again",
+        )
 
 
 def in_shards(
@@ -107,14 +206,19 @@ def in_shards(
     """
     shards = out / durable.SCRATCH / "shards"
     durable.make_folder(shards)
-    made: list[Row] = []
-    for start in range(0, len(rows), size):
+
+    def shard(start: int) -> bytes:
         content = _whole_shard(shards, start)
         if content is None:
             content = _parquet(make(rows[start : start + size]), schema)
             durable.write_bytes(shards / f"{start:09d}-{sha256(content).hexdigest()}.parquet", content)
-        made += pq.read_table(pa.BufferReader(content)).to_pylist()
+        return content
+
+    starts = range(0, len(rows), size)
+    for start in starts:
+        shard(start)
         done(min(start + size, len(rows)), len(rows))
+    made = (row for start in starts for row in pq.read_table(pa.BufferReader(shard(start))).to_pylist())
     write(out / name, made, schema)
 
 

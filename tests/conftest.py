@@ -102,6 +102,14 @@ def train(command: Command, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+def read_all(dataset: Any) -> tuple[list[Any], int]:
+    """Every row of a data set that counts, as a conversation, and how many rows repeat an earlier one."""
+    from spin_reg import index
+
+    with index.opened(dataset) as found:
+        return [found.example(i) for i in range(len(found))], sum(found.duplicates)
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -15,17 +15,37 @@ GROUND = {
     "opponents",
     "regularizers",
     "settings",
+    "corpora",
     "specs",
     "context",
     "redact",
     "stopping",
+    "usage",
 }
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),
     ({"config"}, {"omegaconf", "hydra"}),
     ({"logprobs", "losses"}, {"torch"}),
     (
-        {"durable", "sources", "tables", "toy", "render", "rows", "data", "models", "sampling"}
+        {
+            "durable",
+            "sources",
+            "hub",
+            "sizes",
+            "tables",
+            "toy",
+            "render",
+            "templates",
+            "rows",
+            "layouts",
+            "spool",
+            "index",
+            "data",
+            "models",
+            "iterates",
+            "adapters",
+            "sampling",
+        }
         | {"checkpoint", "fit", "join", "selfcheck"},
         {
             "torch",
@@ -36,13 +56,18 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "datasets",
             "accelerate",
             "safetensors",
+            "peft",
+            "gguf",
             "huggingface_hub",
             "jinja2",
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
-    ({"plan", "rundir", "runner", "launch", "space", "tracking"}, {"filelock", "wandb", "accelerate"}),
-    ({"cli", "console", "overrides", "runs", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),
+    (
+        {"plan", "rundir", "runner", "launch", "space", "estimate", "runlog", "tracking"},
+        {"filelock", "wandb", "accelerate"},
+    ),
+    ({"cli", "console", "overrides", "runs", "export", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),
 ]
 LATE_ONLY = {
     "launch",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ MUST_GIVE = {
     "model/pretrained": ["model.name_or_path=x"],
     "dataset/jsonl": ["dataset.path=x.jsonl"],
     "dataset/hub": ["dataset.path=a/b"],
+    "dataset/mixture": ["dataset.parts=[{path:x.jsonl}]"],
 }
 
 
@@ -179,7 +181,7 @@ def test_golden_experiments() -> None:
     """The identity of every experiment stands in a file, so that an edit of a YAML shows what it changes."""
     golden = json.loads((ROOT / "tests" / "golden_experiments.json").read_text())
     names = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
-    assert sorted(golden) == ["default", *names]
+    assert sorted(golden) == sorted(["default", *names])
     for name, expected in golden.items():
         words = [] if name == "default" else [f"experiment={name}"]
         assert config.identity_settings(composed(*words)) == expected, f"{name}: see CONTRIBUTING.md on golden files"
@@ -209,3 +211,26 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(monkeypatch: pytest.Monkey
     for _ in range(2):
         screen._line("one more")
     assert screen.console.quiet
+
+
+OWN_EXPERIMENT = """\
+# @package _global_
+defaults:
+  - override /model: pretrained
+  - override /regularizer: kl
+model: {name_or_path: x}
+alpha: 0.3
+seed: 7
+"""
+
+
+def test_an_experiment_may_set_any_key_and_the_command_line_still_wins(tmp_path: Path) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    (tmp_path / "conf/experiment/own.yaml").write_text(OWN_EXPERIMENT)
+    config.register()
+    with initialize_config_dir(str(tmp_path / "conf"), version_base="1.3"):
+        found = config.load(compose("config", ["experiment=own"]))
+        assert (found.seed, found.alpha) == (7, 0.3) and config.run_name(found).startswith("x-toy-kl-alpha0.3-seed7-")
+        assert found.schedule.optimizer == "rmsprop"  # the model's own schedule, of the model that the experiment chose
+        found = config.load(compose("config", ["experiment=own", "seed=1", "alpha=0.1"]))
+    assert (found.seed, found.alpha) == (1, 0.1)

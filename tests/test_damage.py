@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, SMALL, Command, weights
-from faults import Killed
+from faults import Counter, Killed, before_calls
 
 from spin_reg import durable, fit, logprobs, rundir, sampling, selfcheck, tables
 from spin_reg.errors import NonFiniteError, SelfCheckError
@@ -76,6 +76,15 @@ def test_a_config_that_was_damaged_is_written_again(made: Path, command: Command
     assert text.replace(str(tmp_path), "X") == (made / "config.yaml").read_text().replace(str(made.parent), "X")
 
 
+@pytest.mark.parametrize("k", range(1, 9))
+def test_a_run_that_is_cut_as_it_begins_is_taken_up(k: int, command: Command, tmp_path: Path) -> None:
+    """Before any stage: the folder, its owner, its record, its settings."""
+    with before_calls(Counter(at=k)), pytest.raises(Killed):
+        command("train", *WORDS, f"outputs={tmp_path}")
+    result = command("plan", *WORDS, f"outputs={tmp_path}")
+    assert result.code == 0, result.err
+
+
 @pytest.mark.parametrize("file", ["optimizer.safetensors"])  # the other two in test_fit.py
 def test_damaged_training_state_is_passed_over(
     file: str, made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,7 +129,7 @@ def test_only_a_missing_or_damaged_shard_is_made_again(
     damaged(next((tmp_path / durable.SCRATCH / "shards").glob("000000003-*")), "flip")
     table()
     assert calls[3:] == [["3", "4", "5"], ["9"]] and "is damaged" in caplog.text
-    assert tables.read(tmp_path / "x.parquet") == rows
+    assert list(tables.read(tmp_path / "x.parquet")) == rows
 
 
 def test_a_step_that_is_not_finite_keeps_the_state_before_it(
@@ -159,7 +168,7 @@ def test_logits_that_are_not_finite_name_their_prompts() -> None:
 def test_weights_that_are_not_finite_give_no_answers_and_no_scores(
     number: float, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = generate.models.load
+    real = generate.iterates.load
 
     def spoilt(*args: Any, **kwargs: Any) -> Any:
         loaded = real(*args, **kwargs)
@@ -167,11 +176,11 @@ def test_weights_that_are_not_finite_give_no_answers_and_no_scores(
             loaded.model.lm_head.weight[3] = number
         return loaded
 
-    monkeypatch.setattr(generate.models, "load", spoilt)
+    monkeypatch.setattr(generate.iterates, "load", spoilt)
     result = command("train", *SMALL, f"outputs={tmp_path}", "run_name=run")
     assert result.code == 5 and "heldout-0000" in result.err
     assert not list(tmp_path.glob("run/iterate-00/answers/*/answers.parquet"))
-    generate.models.forget()
+    generate.iterates.forget()
 
 
 REFERENCES = {"none": [], "base": [], "kl": ["alpha=0.5"], "fictitious_play": []}
@@ -194,7 +203,7 @@ def test_every_iteration_begins_with_the_self_check(regularizer: str, train: Tra
 def test_a_wrong_reference_model_layout_or_mode_stops_the_run_and_names_the_rows(
     fault: str, made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_load, real_collate, real_pairs = train_stage.models.load, logprobs.collate, train_stage.tables.read
+    real_load, real_collate, real_pairs = train_stage.iterates.load, logprobs.collate, train_stage.tables.read
 
     def load(folder: Path, *args: Any, **kwargs: Any) -> Any:
         if fault == "policy" and kwargs.get("exclusive"):
@@ -207,11 +216,10 @@ def test_a_wrong_reference_model_layout_or_mode_stops_the_run_and_names_the_rows
             batch.position_ids.add_(torch.arange(batch.position_ids.shape[1]) // 4)
         return batch
 
-    def read(path: Path) -> Any:
-        rows = real_pairs(path)
+    def read(path: Path, *more: Path, **kwargs: Any) -> Any:
+        rows = real_pairs(path, *more, **kwargs)
         if fault == "reference" and path.name == "pairs.parquet":
-            for row in rows:
-                row["reference_real_logprob"] += 0.01
+            return [row | {"reference_real_logprob": row["reference_real_logprob"] + 0.01} for row in rows]
         return rows
 
     def terms(model: Any, *args: Any) -> Any:
@@ -223,7 +231,7 @@ def test_a_wrong_reference_model_layout_or_mode_stops_the_run_and_names_the_rows
         return real_terms(model, *args)
 
     real_terms = train_stage.pair_terms
-    monkeypatch.setattr(train_stage.models, "load", load)
+    monkeypatch.setattr(train_stage.iterates, "load", load)
     monkeypatch.setattr(train_stage, "collate", collate)
     monkeypatch.setattr(train_stage.tables, "read", read)
     monkeypatch.setattr(train_stage, "pair_terms", terms)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin_reg import data, models, render
+from spin_reg.corpora import Hub, Jsonl
 from spin_reg.errors import DataError
 from spin_reg.render import Unusable
-from spin_reg.settings import Hub, Jsonl
 from spin_reg.specs import Split
 
 TOKENIZER = models.byte_tokenizer()
@@ -101,7 +101,7 @@ def test_of_too_many_dropped_rows_twenty_are_named_and_the_rest_counted(tmp_path
 
 
 def test_no_row_reaches_training_with_text_that_ends_an_answer(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="ends an answer"):
+    with pytest.raises(Unusable, match="control token"):
         render.render(TOKENIZER, [CHAT[0], {"role": "assistant", "content": "a<|end|>b"}], ENDS)
 
 

@@ -25,8 +25,7 @@ def test_k3_sums_over_tokens_and_is_zero_for_equals() -> None:
 
 def test_kl_is_a_mean_with_its_standard_error() -> None:
     gaps = [0.5, 1.5, 1.0, 3.0]
-    examples = [{"example_id": str(i), "data_logprob": gap - 2.0} for i, gap in enumerate(gaps)]
-    scored = {str(i): {"logprob": -2.0} for i in range(4)}
-    found = evaluate._kl("x", examples, scored)
+    known = {str(i): gap - 2.0 for i, gap in enumerate(gaps)}
+    found = evaluate._kl("x", known, {str(i): -2.0 for i in range(4)})
     assert found["x"] == pytest.approx(1.5)
     assert found["x_se"] == pytest.approx(np.std(gaps, ddof=1) / 2)

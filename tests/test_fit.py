@@ -7,7 +7,7 @@ import torch
 from faults import Counter, before_calls
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
-from spin_reg import checkpoint, fit, models
+from spin_reg import checkpoint, fit, iterates
 from spin_reg.context import Context
 from spin_reg.errors import NoSpace
 from spin_reg.settings import Hardware, LrScheduler, Optimizer
@@ -139,7 +139,7 @@ def test_gradient_checkpointing_computes_a_layer_twice(checkpointing: bool, tmp_
         name=str,
         spec=spec,
         prefix="x",
-        accelerator=models.accelerator(Hardware()),
+        accelerator=iterates.accelerator(Hardware()),
         out=tmp_path,
         context=Context(),
     )

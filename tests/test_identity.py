@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from spin_reg import config, overrides, sources, specs
 from spin_reg.config import Config
+from spin_reg.corpora import Jsonl
 from spin_reg.fingerprint import digest, identity, plain
 from spin_reg.plan import Sources, Stage, plan
-from spin_reg.settings import Jsonl, Pretrained
+from spin_reg.settings import Pretrained
 
 RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
@@ -36,17 +37,24 @@ class Row(NamedTuple):
 TABLE = [
     Row("alpha", RESULT, "0.25"),  # a shorthand for regularizer.alpha
     Row("dataset", RESULT, "jsonl", given="dataset.path=x.jsonl"),
+    Row("dataset.fold_system", RESULT, "true"),
+    Row("dataset.generated", RESULT, "published"),
+    Row("dataset.heldout_share", RESULT, "0.2"),
     Row("dataset.max_dropped", RESULT, "0.2"),
     Row("dataset.max_prompt_tokens", RESULT, "17"),
     Row("dataset.max_response_tokens", RESULT, "33"),
     Row("dataset.num_heldout", RESULT, "9"),
     Row("dataset.num_prompts", RESULT, "9"),
+    Row("dataset.parts", RESULT, "[{path: other.jsonl}]"),
     Row("dataset.path", RESULT, "other.jsonl"),
     Row("dataset.revision", RESULT, "main"),
     Row("dataset.seed", RESULT, "1"),
     Row("dataset.smoothing", RESULT, "0.01"),
     Row("dataset.split", RESULT, "test"),
     Row("dataset.subset", RESULT, "main"),
+    Row("dataset.system_prompt", RESULT, "short"),
+    Row("dataset.turns", RESULT, "first"),
+    Row("dataset.unique", RESULT, "prompt"),
     Row("evaluation", JUDGED, "none"),
     Row("evaluation.enabled", JUDGED, "false"),
     Row("evaluation.num_samples", JUDGED, "3"),
@@ -66,14 +74,22 @@ TABLE = [
     Row("loss.length_norm", RESULT, "mean", given="regularizer=none"),
     Row("loss.name", RESULT, "hinge"),
     Row("model", RESULT, "pretrained", given="model.name_or_path=m"),
+    Row("model.chat_template", RESULT, "t.jinja"),
     Row("model.attn_implementation", RESULT, "eager"),
     Row("model.dtype", RESULT, "bfloat16"),
+    Row("model.gguf_file", RESULT, "m.gguf"),
     Row("model.hidden_size", RESULT, "64"),
     Row("model.init_seed", RESULT, "1"),
+    Row("model.lora", GROUP),
+    Row("model.lora.alpha", RESULT, "3", given="model.lora.rank=4"),
+    Row("model.lora.quantize", RESULT, "nf4", given="model.lora.rank=4"),
+    Row("model.lora.rank", RESULT, "4"),
+    Row("model.lora.target_modules", RESULT, "[q_proj]", given="model.lora.rank=4"),
     Row("model.name_or_path", RESULT, "n"),
     Row("model.num_heads", RESULT, "2"),
     Row("model.num_layers", RESULT, "2"),
     Row("model.revision", RESULT, "main"),
+    Row("model.template_kwargs", RESULT, "{enable_thinking: false}"),
     Row("model.trust_remote_code", RESULT, "true", given=f"model.revision={'a' * 40} model.name_or_path=a/b"),
     Row("model.sft", GROUP),
     Row("model.sft.batch_size", RESULT, "3"),
@@ -112,6 +128,7 @@ CHOSEN = {  # what an option needs to be composed, or for all its keys to matter
     "model=pretrained": ("model=pretrained", "model.name_or_path=m", "model.sft.epochs=1"),
     "dataset=jsonl": ("dataset=jsonl", "dataset.path=x.jsonl"),
     "dataset=hub": ("dataset=hub", "dataset.path=a/b"),
+    "dataset=mixture": ("dataset=mixture", "dataset.parts=[{path:a.jsonl,weight:2},{path:b.jsonl}]"),
     "regularizer=kl": ("regularizer=kl", "regularizer.history=2"),
     "tracker=base": ("tracker=none",),
 }
@@ -160,6 +177,12 @@ def test_every_key_is_declared_once_and_every_declared_key_is_one() -> None:
     groups = {row.key for row in TABLE if row.effect == GROUP}
     assert {row.key for row, _ in cases()} == set(declared) - groups
     assert all(any(key.startswith(f"{group}.") for key in declared) for group in groups)
+
+
+@pytest.fixture(autouse=True)
+def every_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a key changes is asked here, whichever optional packages are installed."""
+    monkeypatch.setattr(config, "find_spec", lambda name: object())
 
 
 @pytest.mark.parametrize(("row", "option"), list(cases()), ids=[f"{o} {r.key}".strip() for r, o in cases()])
@@ -227,7 +250,8 @@ def test_a_setting_is_part_of_the_stages_it_acts_in(word: str, kinds: set[str]) 
 def test_a_new_version_remakes_the_stages_of_its_kind_and_what_comes_after(
     spec: Any, model: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = loaded(model)
+    published = ("dataset=jsonl", "dataset.path=x.jsonl", "dataset.generated=published")
+    settings = loaded(model + (published if spec.kind == "published" else ()))
     stages, old = plan(settings, KNOWN), prints(settings)
     touched: set[str] = set()
     for stage in stages:  # in the order in which they are made

@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, Command, read_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from spin_reg import models
+from spin_reg import iterates, models
 from spin_reg.logprobs import collate, sequence_logprobs
 
 OWN = [word for word in SMALL if not word.startswith("model.")]
@@ -58,11 +58,11 @@ def test_a_scored_model_gives_one_answer_whatever_its_dropout(base: Path) -> Non
     from spin_reg.settings import Dtype
     from spin_reg.specs import Policy
 
-    model = models.load(base, Policy(Dtype.float32, None, None)).model
+    model = iterates.load(base, Policy(Dtype.float32, None, None)).model
     batch = collate([[1, 2], [3]], [[4, 5, 6], [7]])
     with torch.no_grad():
         assert torch.equal(sequence_logprobs(model, batch), sequence_logprobs(model, batch))
-    models.forget()
+    iterates.forget()
 
 
 def test_an_sft_stage_can_come_first(base: Path, command: Command, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def test_real_answers_end_once_and_prompts_are_the_templates(model: Path) -> Non
     from transformers import AutoTokenizer
 
     from spin_reg import data, models
-    from spin_reg.settings import Jsonl, Pretrained
+    from spin_reg.corpora import Jsonl
+    from spin_reg.settings import Pretrained
 
     settings = Pretrained(name_or_path=str(model))
     tokenizer = models.load_tokenizer(settings)
@@ -63,3 +64,21 @@ def test_real_answers_end_once_and_prompts_are_the_templates(model: Path) -> Non
         )
         assert plain.decode(row["prompt_ids"]) == text
         assert plain.decode(row["real_ids"][:-1]) == row["real"]
+
+
+@pytest.mark.timeout(1500)
+def test_ten_iterates_of_an_adapter_take_little_disk(model: Path, command: Command, tmp_path: Path) -> None:
+    """The run and the base together take less than 1.3 times the base."""
+    words = [
+        *("tracker=none", "model=pretrained", f"model.name_or_path={model}", "dataset=jsonl", f"dataset.path={DATA}"),
+        *("dataset.num_prompts=2", "dataset.num_heldout=2", "dataset.max_response_tokens=96", "dataset.max_dropped=1"),
+        *("generation.max_new_tokens=8", "schedule.iterations=10", "schedule.epochs=1", "schedule.batch_size=2"),
+        *("model.lora.rank=8", "schedule.learning_rate=1e-4", "regularizer=none", "evaluation=none"),
+        *(f"outputs={tmp_path}", "run_name=run"),
+    ]
+    result = command("train", *words)
+    assert result.code == 0, result.err
+    assert (tmp_path / "run/iterate-10/model/adapter_model.safetensors").exists()
+    run, base = (sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in (tmp_path, model))
+    assert run + base < 1.3 * base, run / base
+    print(f"ten iterates: {run / base:.3f} of the base")

@@ -101,18 +101,18 @@ def test_plain_spin_begins_every_iteration_at_log_2(train: Train, outputs: Path)
 
 def test_at_the_start_of_every_iteration_the_margin_of_every_row_is_zero(train: Train, outputs: Path) -> None:
     """Precompute, table, collate and training forward agree: at theta = pi_t against pi_t, Delta = 0 in every row."""
-    from spin_reg import models
+    from spin_reg import iterates
     from spin_reg.settings import Dtype, Loss
     from spin_reg.specs import Policy
     from spin_reg.stages.train import pair_terms
 
     root = train(*ARMS["none"], "schedule.iterations=3", name="none", outputs=outputs)
     for t in range(3):
-        policy = models.load(root / f"iterate-{t:02d}/model", Policy(Dtype.float32, None, None)).model
+        policy = iterates.load(root / f"iterate-{t:02d}/model", Policy(Dtype.float32, None, None)).model
         for row in pq.read_table(root / f"iteration-{t:02d}/pairs.parquet").to_pylist():
             terms = pair_terms(policy, [row], Loss(), 1.0, policy.device)
             assert abs(terms["margin"].item()) < 1e-4, row["example_id"]
-    models.forget()
+    iterates.forget()
 
 
 def test_the_run_folder_holds_what_it_promises(train: Train, outputs: Path) -> None:

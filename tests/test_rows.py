@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import SMALL, Command
+from conftest import SMALL, Command, read_all
 
-from spin_reg import models, rows
+from spin_reg import iterates, models
+from spin_reg.corpora import Hub, Jsonl, Turns
 from spin_reg.errors import DataError
-from spin_reg.settings import Hub, Jsonl
+from spin_reg.fingerprint import digest
+from spin_reg.layouts import Example
 
 GOOD = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(12)]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -26,8 +30,8 @@ def write(path: Path, lines: list[Any]) -> Path:
     return path
 
 
-def read(path: Path) -> list[rows.Example]:
-    return rows.read(Jsonl(path=str(path)))[0]
+def read(path: Path) -> list[Example]:
+    return read_all(Jsonl(path=str(path)))[0]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +42,9 @@ def read(path: Path) -> list[rows.Example]:
         {"instruction": "hi", "output": "yes", "input": ""},
         {"messages": CHAT},
         {"real": CHAT, "generated": CHAT},
+        {"prompt": "hi", "completion": "yes"},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
         {"prompt": "hi", "response": "yes", "id": 7, "extra": None},
     ],
     ids=lambda row: "/".join(row),
@@ -52,12 +59,36 @@ def test_layouts(row: dict[str, Any], ending: str, tmp_path: Path) -> None:
     (example,) = read(path)
     assert example.messages == CHAT
     assert example.number == 1
-    assert example.example_id == ("7" if "id" in row else rows.digest(CHAT)[:16])
+    assert example.example_id == ("7" if "id" in row else digest(CHAT)[:16])
 
 
 def test_an_instruction_with_input_asks_both(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [{"instruction": "Add.", "input": "1 2", "output": "3"}])
     assert read(path)[0].messages[0]["content"] == "Add.\n\n1 2"
+
+
+LONG = [SYSTEM, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, *CHAT]
+
+
+@pytest.mark.parametrize(
+    ("row", "kwargs", "expected"),
+    [
+        ({"messages": LONG}, {}, LONG),
+        ({"messages": LONG}, {"turns": Turns.first, "system_prompt": "other"}, LONG[:3]),
+        ({"messages": LONG[1:]}, {"turns": Turns.first}, LONG[1:3]),
+        ({"messages": CHAT}, {"system_prompt": "s"}, [SYSTEM, *CHAT]),
+        ({"prompt": "hi", "response": "yes", "system": "s"}, {"system_prompt": "other"}, [SYSTEM, *CHAT]),
+        ({"prompt": "hi", "response": "yes", "system": ""}, {}, CHAT),
+        ({"instruction": "hi", "output": "yes", "system": None}, {"system_prompt": "s"}, [SYSTEM, *CHAT]),
+        ({"prompt": LONG[:4], "completion": LONG[4:]}, {}, LONG),
+        ({"conversations": [{"from": "system", "value": "s"}, *CHAT]}, {}, [SYSTEM, *CHAT]),
+    ],
+)
+def test_turns_and_system_prompts(
+    row: dict[str, Any], kwargs: dict[str, Any], expected: list[Any], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "x.jsonl", [row])
+    assert read_all(Jsonl(path=str(path), **kwargs))[0][0].messages == expected
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
@@ -133,6 +164,13 @@ FAULTS: list[tuple[Any, str]] = [
     ({"messages": [*CHAT, CHAT[0]]}, "do not alternate"),
     ({"messages": [SYSTEM]}, "do not alternate"),
     ({"real": None}, "has real that are not a list"),
+    ({"prompt": CHAT[:1], "completion": "yes"}, "has a completion that is text beside a prompt that is a list"),
+    ({"prompt": "hi", "completion": CHAT[1:]}, "has a completion that is a list, not text"),
+    ({"completion": "x"}, "has a field completion but no prompt"),
+    ({"conversations": [{"from": "bot", "value": "x"}]}, "has a message 1 in conversations that is not from human"),
+    ({"conversations": [{"from": "human"}, CHAT[1]]}, "has a content of message 1 in conversations that is null"),
+    ({"prompt": "x", "response": "y", "system": 3}, "has a system that is a number"),
+    ({"messages": [SYSTEM, *CHAT], "system": "s"}, "has a system prompt twice"),
 ]  # fmt: skip
 
 
@@ -268,17 +306,17 @@ def test_a_second_row_with_one_id_is_refused(first: Any, second: Any, shown: str
 
 
 def test_equal_rows_without_an_id_count_once_and_are_counted(tmp_path: Path) -> None:
-    examples, duplicates = rows.read(Jsonl(path=str(write(tmp_path / "x.jsonl", [*GOOD, *GOOD[:3], GOOD[0]]))))
+    examples, duplicates = read_all(Jsonl(path=str(write(tmp_path / "x.jsonl", [*GOOD, *GOOD[:3], GOOD[0]]))))
     assert len(examples) == len(GOOD) and duplicates == 4
     null = [row | {"id": None} for row in GOOD[:2]]  # null ids are no ids
-    assert rows.read(Jsonl(path=str(write(tmp_path / "y.jsonl", [*null, null[0]]))))[1] == 1
+    assert read_all(Jsonl(path=str(write(tmp_path / "y.jsonl", [*null, null[0]]))))[1] == 1
 
 
 def test_a_hub_data_set_is_read_from_a_folder_too(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     write(folder / "train.jsonl", [{"messages": CHAT}, {"messages": [SYSTEM, *CHAT, *CHAT]}])
-    examples, _ = rows.read(Hub(path=str(folder), split="train"))
+    examples, _ = read_all(Hub(path=str(folder), split="train"))
     assert examples[0].messages == CHAT
     assert len(examples[1].messages) == 5
 
@@ -304,8 +342,8 @@ def test_bad_data_exit_3_in_four_lines_leave_nothing_and_load_no_model(
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded before the data were known to be good")
 
-    for loader in ("start", "load"):
-        monkeypatch.setattr(models, loader, never)
+    monkeypatch.setattr(models, "from_folder", never)
+    monkeypatch.setattr(iterates, "load", never)
     path = tmp_path / "data" / name
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
@@ -316,3 +354,33 @@ def test_bad_data_exit_3_in_four_lines_leave_nothing_and_load_no_model(
     assert [line.split(":")[0].strip() for line in lines] == ["spin-reg", "where", "why", "to do"]
     assert str(given) in lines[1] and fault in lines[2]
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+SIZE = """
+import sys
+from spin_reg import index
+from spin_reg.corpora import Jsonl
+
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+before = peak()
+with index.opened(Jsonl(path=sys.argv[1])) as found:
+    print(len(found), peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_the_memory_of_reading_hangs_on_the_number_of_rows_and_not_on_their_text(tmp_path: Path) -> None:
+    """kB over the start: 40,000 rows of 4 kB (160 MB of text) take no more than rows of 200 bytes: 300 bytes each."""
+    taken = []
+    for chars in (100, 2000):
+        lines = (json.dumps({"prompt": f"{i} {'x' * chars}", "response": f"{i} {'y' * chars}"}) for i in range(40000))
+        path = tmp_path / f"{chars}.jsonl"
+        path.write_text("\n".join(lines))
+        done = subprocess.run([sys.executable, "-c", SIZE, str(path)], capture_output=True, text=True, check=True)
+        rows, peak = map(int, done.stdout.split())
+        assert rows == 40000
+        taken.append(peak)
+    assert max(taken) < 40000 * 300 / 1000 + 3000 and abs(taken[0] - taken[1]) < 3000, taken

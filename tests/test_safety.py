@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, SMALL, Command, Result
+from conftest import ROOT, SMALL, Command, Result, read_all
 from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_reg import checkpoint, durable, models, render, rows, rundir, sources
+from spin_reg import checkpoint, durable, iterates, models, render, rundir, sources
+from spin_reg.corpora import Hub, Jsonl
 from spin_reg.errors import ConfigError, DamagedError, DataError
 from spin_reg.fingerprint import digest, file_sha256
-from spin_reg.settings import Dtype, Hub, Jsonl, Pretrained
+from spin_reg.settings import Dtype, Pretrained
 from spin_reg.specs import Policy
 
 QUICK = ["schedule.iterations=1", "dataset.num_prompts=8", "generation.max_new_tokens=4", "evaluation=none"]
@@ -304,7 +305,7 @@ def test_the_libraries_are_told_no_even_where_our_look_misses(
     with pytest.raises(ConfigError):
         models.start(Pretrained(name_or_path=str(base)))
     with pytest.raises(ConfigError):
-        models.load(base, Policy(Dtype.float32, None, None))
+        iterates.load(base, Policy(Dtype.float32, None, None))
     (base / "generation_config.json").unlink()
     with pytest.raises(ConfigError):
         models.generation_config(Pretrained(name_or_path=str(base)))
@@ -565,7 +566,7 @@ def test_hostile_records_are_refused(content: str, command: Command, tmp_path: P
     with pytest.raises(DamagedError, match="finished stage"):
         rundir.manifest(tmp_path)
     with pytest.raises(DamagedError, match="base model"):
-        models.load(tmp_path, Policy(Dtype.float32, None, None))
+        iterates.load(tmp_path, Policy(Dtype.float32, None, None))
 
 
 @pytest.mark.parametrize(
@@ -632,11 +633,11 @@ def test_hostile_parquet_is_refused_or_plain(tmp_path: Path, canary: Path) -> No
     for content in (b"", b"PAR1", b"PAR1" + b"\xff" * 100 + b"PAR1", pickle.dumps(Evil(canary))):
         path.write_bytes(content)
         with pytest.raises(DataError, match="Parquet"):
-            rows.read(Jsonl(path=str(path)))
+            read_all(Jsonl(path=str(path)))
     kind = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Evil(canary))}
     schema = pa.schema([pa.field("prompt", pa.string(), metadata=kind), pa.field("response", pa.string())])
     pq.write_table(pa.table([["a"], ["b"]], schema=schema), path)
-    (example,), _ = rows.read(Jsonl(path=str(path)))
+    (example,), _ = read_all(Jsonl(path=str(path)))
     assert example.messages[0]["content"] == "a"
 
 
@@ -645,7 +646,7 @@ def test_hostile_json_data_are_refused(content: str, tmp_path: Path) -> None:
     for name in ("rows.json", "rows.jsonl"):
         (tmp_path / name).write_bytes(content.encode("latin-1"))
         with pytest.raises(DataError) as caught:
-            rows.read(Jsonl(path=str(tmp_path / name)))
+            read_all(Jsonl(path=str(tmp_path / name)))
         assert caught.value.exit_code == 3
 
 
@@ -664,4 +665,4 @@ def test_a_data_folder_with_code_or_pickles_is_refused(kind: str, tmp_path: Path
         with tarfile.open(folder / "train-0.tar", "w") as archive:
             archive.add(tmp_path / "0.pth", "0.pth")
     with pytest.raises(DataError, match="made of webdataset files" if kind == "archive" else "could not be loaded"):
-        rows.read(Hub(path=str(folder)))
+        read_all(Hub(path=str(folder)))

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from conftest import Command
 
-from spin_reg import sources
+from spin_reg import sizes
+from spin_reg.corpora import Jsonl
 from spin_reg.errors import ConfigError
-from spin_reg.settings import Jsonl, Pretrained, Tiny
+from spin_reg.settings import Pretrained, Tiny
 
 GPT2 = {"model_type": "gpt2", "n_positions": 1024, "n_ctx": 1024, "n_embd": 768}
 
@@ -36,19 +37,34 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768
         ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
         ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 4096),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope"},
+            },
+            4096,
+        ),
+        (
+            {
+                "max_position_embeddings": 2048,
+                "rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 4.0}},
+            },
+            2048,
+        ),
         ({"text_config": {"max_position_embeddings": 8192}}, 8192),
         ({"model_type": "bloom"}, None),
     ],
     ids=str,
 )
 def test_the_number_of_positions_stands_in_config_json(config: Any, expected: int | None, tmp_path: Path) -> None:
-    assert sources.positions(model(tmp_path, config)) == expected
+    assert sizes.positions(model(tmp_path, config)) == expected
 
 
 @pytest.mark.parametrize("config", ["{", "[]", "\xff", '{"n_positions": "many"}'])
 def test_a_config_json_that_cannot_be_read_is_named(config: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
-        sources.positions(model(tmp_path, config))
+        sizes.positions(model(tmp_path, config))
     assert str(tmp_path / "config.json") in raised.value.where
 
 
@@ -80,8 +96,8 @@ def test_limits_that_just_fit_pass_and_the_tiny_model_has_its_own(tmp_path: Path
     from spin_reg.settings import Generation
 
     fits = Jsonl(path="x", max_prompt_tokens=512, max_response_tokens=512)
-    sources.check_positions(model(tmp_path, GPT2), fits, Generation(max_new_tokens=256))
-    sources.check_positions(model(tmp_path, {}), Jsonl(path="x", max_prompt_tokens=10**6), Generation())
-    sources.check_positions(Tiny(), fits, Generation(max_new_tokens=3584))
+    sizes.check_positions(model(tmp_path, GPT2), fits, Generation(max_new_tokens=256))
+    sizes.check_positions(model(tmp_path, {}), Jsonl(path="x", max_prompt_tokens=10**6), Generation())
+    sizes.check_positions(Tiny(), fits, Generation(max_new_tokens=3584))
     with pytest.raises(ConfigError, match="may not fit"):
-        sources.check_positions(Tiny(), fits, Generation(max_new_tokens=3585))
+        sizes.check_positions(Tiny(), fits, Generation(max_new_tokens=3585))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import models, rundir, sources, space
+from spin_reg import iterates, models, rundir, sizes, space
 from spin_reg.settings import Pretrained, Tiny
 
 Train = Callable[..., Path]
@@ -32,8 +32,8 @@ def test_weights_are_counted_without_loading_them(shape: tuple[int, int, int], t
     spec = Tiny(hidden_size=shape[0], num_layers=shape[1], num_heads=shape[2])
     model = models.start(spec)
     count = sum(p.numel() for p in model.model.parameters())
-    models.save(model, tmp_path)
-    assert sources.parameters(spec) == sources.parameters(Pretrained(name_or_path=str(tmp_path))) == count
+    iterates.save(model, tmp_path)
+    assert sizes.parameters(spec) == sizes.parameters(Pretrained(name_or_path=str(tmp_path))) == count
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spin_reg import data, models, toy
-from spin_reg.settings import Toy
+from spin_reg.corpora import Toy
 from spin_reg.specs import Split
 
 TOKENIZER = models.byte_tokenizer()

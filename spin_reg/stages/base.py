@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from spin_reg import durable, models, sources
+from spin_reg import durable, iterates
 from spin_reg.context import Context
 from spin_reg.specs import BaseSpec
 
 
 def run(spec: BaseSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write base.json."""
-    saved = {"name": spec.model.name_or_path, "revision": sources.model_revision(spec.model), "sha256": spec.sha256}
-    durable.write_json(out / models.BASE_FILE, saved)
+    durable.write_json(out / iterates.BASE_FILE, iterates.base_record(spec.model, spec.sha256))

@@ -11,7 +11,6 @@ from spin_reg import durable, join, tables
 from spin_reg.context import Context
 from spin_reg.settings import LengthNorm
 from spin_reg.specs import EvaluateSpec, Split, generated_role, real_role
-from spin_reg.tables import Row
 
 Values = dict[str, float]
 
@@ -43,32 +42,33 @@ def likelihood(inputs: Mapping[str, Path], k: int) -> Values:
     p_data, where p_data is known: unbiased; eval/kl_data_se is its standard error. eval/kl_off: the same on the
     retained skill, which self-play does not see: forgetting. Both should fall, or at least not rise.
     """
-    examples = tables.read(inputs["data"] / f"{Split.heldout}.parquet")
+    path = inputs["data"] / f"{Split.heldout}.parquet"
     scored = join.scores(inputs[real_role(k)])
-    logprobs = [float(scored[row["example_id"]]["logprob"]) for row in examples]
-    tokens = sum(len(row["real_ids"]) for row in examples)
+    logprobs = [scored[name] for name in tables.column("example_id", path)]
+    tokens = sum(tables.lengths("real_ids", path))
     values = {
         "eval/heldout_nll": -math.fsum(logprobs) / tokens,
         "eval/heldout_real_logprob": math.fsum(logprobs) / len(logprobs),
     }
-    if examples[0]["data_logprob"] is not None:
-        values |= _kl("eval/kl_data", examples, scored)
-        retained = tables.read(inputs["data"] / f"{Split.retained_heldout}.parquet")
-        values |= _kl("eval/kl_off", retained, join.scores(inputs["retained"]))
+    if tables.column("data_logprob", path)[0] is not None:
+        values |= _kl("eval/kl_data", tables.numbers_by_id("data_logprob", path), scored)
+        retained = inputs["data"] / f"{Split.retained_heldout}.parquet"
+        known = tables.numbers_by_id("data_logprob", retained)
+        values |= _kl("eval/kl_off", known, join.scores(inputs["retained"]))
     return values
 
 
-def _kl(name: str, examples: Sequence[Row], scored: Mapping[str, Row]) -> Values:
-    gaps = np.array([row["data_logprob"] - scored[row["example_id"]]["logprob"] for row in examples])
+def _kl(name: str, known: Mapping[str, float], scored: Mapping[str, float]) -> Values:
+    gaps = np.array([known[example_id] - scored[example_id] for example_id in known])
     return {name: float(gaps.mean()), f"{name}_se": float(gaps.std(ddof=1) / math.sqrt(len(gaps)))}
 
 
 def answers_look(folder: Path) -> Values:
     """eval/length_mean: tokens an answer, drawn at temperature 1; eval/cutoff_share: answers that reached no end."""
-    answers = tables.read(folder / "answers.parquet")
+    path = folder / "answers.parquet"
     return {
-        "eval/length_mean": float(np.mean([len(row["generated_ids"]) for row in answers])),
-        "eval/cutoff_share": float(np.mean([row["finish_reason"] == "length" for row in answers])),
+        "eval/length_mean": float(np.mean(tables.lengths("generated_ids", path))),
+        "eval/cutoff_share": float(np.mean([reason == "length" for reason in tables.column("finish_reason", path)])),
     }
 
 
@@ -78,14 +78,18 @@ def divergences(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
     The sum over tokens of k3 = exp(l) - 1 - l, l = log pi_q - log pi_k of a token: never negative, and unbiased for the
     token's KL (Schulman's estimator). 0 for the base against itself; small steps keep both small.
     """
-    own = join.scores(inputs["own_scores"])
+    own = _token_logprobs(inputs["own_scores"])
     values = {"eval/kl_to_base": 0.0}
     for name, role in (("base", "own_scores_base"), ("previous", "own_scores_previous")):
         if role in inputs:
-            other = join.scores(inputs[role])
+            other = _token_logprobs(inputs[role])
             sums = [k3(own[i]["token_logprobs"], other[i]["token_logprobs"]) for i in own]
             values[f"eval/kl_to_{name}"] = math.fsum(sums) / len(sums)
     return values
+
+
+def _token_logprobs(folder: Path) -> tables.ById:
+    return tables.ById(folder / "scores.parquet", ["token_logprobs"])
 
 
 def k3(policy: Sequence[float], other: Sequence[float]) -> float:
@@ -105,8 +109,8 @@ def game(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
     deltas = []
     for pair in join.pairs(spec.game, inputs, Split.heldout):
         name = pair.example["example_id"]
-        policy = generated[pair.answer["sampled_from"]][name]["logprob"]
-        ratios = [real[name]["logprob"] - pair.reference_real, policy - pair.reference_generated]
+        policy = generated[pair.answer["sampled_from"]][name]
+        ratios = [real[name] - pair.reference_real, policy - pair.reference_generated]
         if spec.length_norm is LengthNorm.mean:
             lengths = (len(pair.example["real_ids"]), len(pair.answer["generated_ids"]))
             ratios = [ratio / length for ratio, length in zip(ratios, lengths, strict=True)]
@@ -117,8 +121,7 @@ def game(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
 
 def samples(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
     """The first held-out prompts with their real answers and this iterate's."""
-    path = inputs["own"] / "answers.parquet"
-    answers = tables.by_id(tables.read(path), path)
+    answers = tables.ById(inputs["own"] / "answers.parquet")
     shown = tables.read(inputs["data"] / f"{Split.heldout}.parquet")[: spec.num_samples]
     rows = []
     for row in shown:

@@ -5,21 +5,19 @@ from pathlib import Path
 
 import torch
 
-from spin_reg import models, sampling, tables
+from spin_reg import iterates, sampling, tables
 from spin_reg.context import Context
 from spin_reg.specs import GenerateSpec
-from spin_reg.tables import Row
+from spin_reg.tables import Row, Rows
 
 SHARD = 256  # rows; what a kill costs at most, and the border that no batch crosses
 
 
 def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write answers.parquet: one row for every prompt dealt to this iterate."""
-    rows = tables.read(inputs["data"] / f"{spec.split}.parquet")
-    if spec.draw is not None:
-        rows = [row for row in rows if spec.draw.deal(row["example_id"]) == spec.k]
-    accelerator = models.accelerator(spec.hardware)
-    loaded = models.load(inputs["model"], spec.policy)
+    rows = prompts(spec, inputs["data"] / f"{spec.split}.parquet")
+    accelerator = iterates.accelerator(spec.hardware)
+    loaded = iterates.load(inputs["model"], spec.policy)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
 
     def batch(some: Sequence[Row]) -> list[Row]:
@@ -61,3 +59,13 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
         size=SHARD,
         done=lambda done, total: context.progress(done, total, "answer"),
     )
+
+
+def prompts(spec: GenerateSpec, path: Path) -> Rows:
+    """The prompts dealt to this iterate, as rows with example_id and prompt_ids."""
+    rows = tables.read(path, columns=["example_id", "prompt_ids"])
+    if spec.draw is None:
+        return rows
+    names = tables.column("example_id", path)
+    dealt = [i for i, name in enumerate(names) if spec.draw.deal(name) == spec.k]
+    return Rows(len(dealt), lambda n: rows[dealt[n]])

@@ -1,48 +1,77 @@
 """Data into token ids, split into train and held-out."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spin_reg import data, durable, models, tables
 from spin_reg.context import Context
+from spin_reg.corpora import Dataset, Hub, Mixture, Part, published
 from spin_reg.data import Splits
 from spin_reg.fingerprint import digest
-from spin_reg.settings import Hub
 from spin_reg.specs import PrepareSpec, Split
+from spin_reg.spool import Spool
 
-_checked: dict[str, tuple[Splits, dict[str, Any]]] = {}  # what `check` made, until `run` writes it
+_checked: dict[str, tuple[Splits, dict[str, Any], TemporaryDirectory[str]]] = {}  # by `check`, until `run` writes it
 
 
-def check(spec: PrepareSpec, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[Split, int]:
-    """Read and tokenise the data in memory, so that a run folder is made only for data known to be good.
+def check(spec: PrepareSpec, context: Context) -> dict[Split, int]:
+    """Read and tokenise the data into a temporary folder, so that a run folder is made only for data that are good.
 
     Returns:
         How many examples each split has.
 
     Raises:
-        DataError, ConfigError: see `data.prepare`.
+        DataError, ConfigError: see `data.prepare`. Stopped: a signal asked for it.
     """
     tokenizer = models.load_tokenizer(spec.model)
     ends = models.end_ids(models.generation_config(spec.model), tokenizer)
-    dataset = spec.dataset
-    if isinstance(dataset, Hub) and not Path(dataset.path).is_dir():
-        dataset = replace(dataset, revision=spec.source)  # the commit that was fingerprinted, whatever is newest now
-    splits, _ = _checked[digest(spec)] = data.prepare(dataset, tokenizer, ends, progress)
+    folder = TemporaryDirectory(prefix="spin-reg-")
+
+    def progress(done: int, total: int, unit: str) -> None:
+        context.poll()
+        context.progress(done, total, unit)
+
+    def store(name: str) -> Spool:
+        return Spool(Path(folder.name) / name, tables.PREPARED)
+
+    try:
+        splits, summary = data.prepare(pinned(spec.dataset, spec.source), tokenizer, ends, progress, store)
+    except BaseException:
+        folder.cleanup()
+        raise
+    for part, source in zip(summary.get("parts", []), str(spec.source).split(","), strict=False):
+        part["revision_or_sha256"] = source
+    _checked[digest(spec)] = splits, summary, folder
     return {split: len(rows) for split, rows in splits.items()}
 
 
+def pinned(dataset: Dataset, source: str | None) -> Dataset:
+    """The data set with the commits of the Hub that were fingerprinted, whatever is newest there now."""
+    if isinstance(dataset, Hub):
+        return dataset if Path(dataset.path).is_dir() else replace(dataset, revision=source)
+    if isinstance(dataset, Mixture):
+        return replace(
+            dataset, parts=[_pinned(*both) for both in zip(dataset.parts, str(source).split(","), strict=True)]
+        )
+    return dataset
+
+
+def _pinned(part: Part, commit: str) -> Part:
+    local = part.is_file() or Path(part.path).is_dir()
+    return part if local else replace(part, revision=commit)
+
+
 def run(spec: PrepareSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
-    """Write SPLIT.parquet for every split, and summary.json with every dropped row."""
-
-    def progress(done: int, total: int) -> None:
-        context.poll()
-        context.progress(done, total, "row")
-
+    """Write SPLIT.parquet for every split, summary.json with every dropped row, and published.parquet where the data
+    set's own answers to the training prompts are asked for."""
     if digest(spec) not in _checked:
-        check(spec, progress)
-    splits, summary = _checked.pop(digest(spec))
-    for split, rows in splits.items():
-        tables.write(out / f"{split}.parquet", rows, tables.EXAMPLES)
+        check(spec, context)
+    splits, summary, folder = _checked.pop(digest(spec))
+    with folder:
+        for split, rows in splits.items():
+            tables.write(out / f"{split}.parquet", rows, tables.EXAMPLES)
+        if published(spec.dataset):
+            tables.write(out / "published.parquet", splits[Split.train], tables.PUBLISHED)
     durable.write_json(out / "summary.json", summary | {"counts": {split: len(rows) for split, rows in splits.items()}})

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from spin_reg import models, tables
+from spin_reg import iterates, tables
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.specs import ScoreSpec, Split
-from spin_reg.tables import Row
+from spin_reg.tables import ById, Row, Rows
 
 SHARD = 1024
 
@@ -19,8 +19,8 @@ SHARD = 1024
 def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write scores.parquet: one row an answer; eval mode, float64 sums over the answer's tokens."""
     rows = answer_rows(spec, inputs)
-    accelerator = models.accelerator(spec.hardware)
-    loaded = models.load(inputs["model"], spec.policy)
+    accelerator = iterates.accelerator(spec.hardware)
+    loaded = iterates.load(inputs["model"], spec.policy)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True).eval()
     keep_tokens = spec.split is not Split.train
 
@@ -59,19 +59,22 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
     )
 
 
-def answer_rows(spec: ScoreSpec, inputs: dict[str, Path]) -> list[Row]:
+def answer_rows(spec: ScoreSpec, inputs: dict[str, Path]) -> Rows:
     """The answers to score, as rows with example_id, prompt_ids and the answer's ids."""
-    examples = tables.read(inputs["data"] / f"{spec.split}.parquet")[: spec.first]
-    if spec.j is None:
-        return [{key: row[key] for key in ("example_id", "prompt_ids")} | {"ids": row["real_ids"]} for row in examples]
-    path = inputs["answers"] / "answers.parquet"
-    answers = tables.by_id(tables.read(path), path)
-    return [
-        {
-            "example_id": row["example_id"],
-            "prompt_ids": row["prompt_ids"],
-            "ids": answers[row["example_id"]]["generated_ids"],
-        }
-        for row in examples
-        if row["example_id"] in answers and (spec.draw is None or spec.draw.deal(row["example_id"]) == spec.j)
-    ]
+    data = inputs["data"] / f"{spec.split}.parquet"
+    examples = tables.read(data, columns=["example_id", "prompt_ids", "real_ids"])
+    names = tables.column("example_id", data)[: spec.first]
+    answers = None if spec.j is None else tables.ById(inputs["answers"] / "answers.parquet", ["generated_ids"])
+    asked = [i for i, name in enumerate(names) if answers is None or _asked(spec, name, answers)]
+
+    def row(n: int) -> Row:
+        example = examples[asked[n]]
+        name = example["example_id"]
+        ids = example["real_ids"] if answers is None else answers[name]["generated_ids"]
+        return {"example_id": name, "prompt_ids": example["prompt_ids"], "ids": ids}
+
+    return Rows(len(asked), row)
+
+
+def _asked(spec: ScoreSpec, name: str, answers: ById) -> bool:
+    return name in answers and (spec.draw is None or spec.draw.deal(name) == spec.j)

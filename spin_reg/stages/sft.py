@@ -1,43 +1,62 @@
 """Iterate 0 by supervised fine-tuning: the mean negative log-likelihood of the real answers' tokens."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin_reg import durable, models, tables
+from spin_reg import durable, iterates, models, sources, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, batches, fit
 from spin_reg.logprobs import collate, sequence_logprobs
-from spin_reg.settings import LrScheduler, Optimizer
+from spin_reg.models import Loaded
+from spin_reg.settings import LrScheduler, Optimizer, Pretrained
 from spin_reg.specs import SftSpec, Split
+
+
+def _start(spec: SftSpec) -> tuple[Loaded, dict[str, Any] | None]:
+    """The model to fit; with an adapter, also the record of its base."""
+    if isinstance(spec.model, Pretrained):
+        sources.checked_folder(spec.model, spec.sha256, "the record of this run")
+    loaded = models.start(spec.model)
+    if not isinstance(spec.model, Pretrained) or spec.model.lora.rank == 0:
+        return loaded, None
+    from spin_reg import adapters
+
+    adapted = adapters.fresh(loaded.model, spec.model.lora, spec.seed).eval()
+    return replace(loaded, model=adapted), iterates.base_record(spec.model, spec.sha256)
 
 
 def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write the fitted model, and metrics.jsonl with one row a step."""
-    models.forget()
-    loaded = models.start(spec.model)
+    iterates.forget()
+    loaded, base = _start(spec)
     splits = [inputs["data"] / f"{split}.parquet" for split in (Split.train, Split.retained_train)]
-    rows = [row for path in splits if path.exists() for row in tables.read(path)]
-    accelerator = models.accelerator(spec.hardware)
+    paths = [path for path in splits if path.exists()]
+    rows = tables.read(*paths, columns=["prompt_ids", "real_ids"], kept=tables.IN_ANY_ORDER)
+    names, tokens = tables.column("example_id", *paths), tables.lengths("real_ids", *paths)
+    accelerator = iterates.accelerator(spec.hardware)
 
     def loss(model: PreTrainedModel, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
-        batch = collate([rows[i]["prompt_ids"] for i in picked], [rows[i]["real_ids"] for i in picked])
+        some = [rows[i] for i in picked]
+        batch = collate([row["prompt_ids"] for row in some], [row["real_ids"] for row in some])
         return -sequence_logprobs(model, batch.to(accelerator.device)).sum(), {}
 
     metrics = fit(
         loaded.model,
         batches(
-            [row["example_id"] for row in rows],
+            names,
             seed=spec.seed,
             iteration=-1,
             epochs=spec.sft.epochs,
             size=spec.sft.batch_size,
         ),
         loss,
-        weight=lambda picked: float(sum(len(rows[i]["real_ids"]) for i in picked)),
-        name=lambda i: str(rows[i]["example_id"]),
+        weight=lambda picked: float(sum(tokens[i] for i in picked)),
+        name=lambda i: str(names[i]),
         spec=FitSpec(
             learning_rate=spec.sft.learning_rate,
             optimizer=Optimizer.adamw,
@@ -54,6 +73,6 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
         accelerator=accelerator,
         out=out,
         context=context,
-        after=lambda: models.save(loaded, out),
+        after=lambda: iterates.save(loaded, out, base),
     )
     durable.write_jsonl(out / "metrics.jsonl", metrics)

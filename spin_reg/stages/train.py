@@ -7,24 +7,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin_reg import durable, join, models, opponents, selfcheck, tables
+from spin_reg import durable, iterates, join, opponents, selfcheck, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, batches, fit
 from spin_reg.logprobs import collate, sequence_logprobs
 from spin_reg.losses import LOSSES, log_ratio_difference
-from spin_reg.settings import Dtype, LengthNorm, Loss, Precision
+from spin_reg.settings import LengthNorm, Loss
 from spin_reg.specs import TrainSpec, generated_role, real_role
 from spin_reg.tables import Row
 
+TRAINED = [field.name for field in tables.PAIRS if field.name not in ("prompt", "real", "generated")]  # all but texts
 METRICS = ("margin", "accuracy", "real_logprob", "generated_logprob")
 
 
 def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write the next iterate as an ordinary model folder, and metrics.jsonl with one row a step."""
-    rows = tables.read(inputs["pairs"] / "pairs.parquet")
-    loaded = models.load(inputs["model"], spec.policy, exclusive=True)
-    accelerator = models.accelerator(spec.hardware)
-    names = [f"{row['example_id']} {row['sampled_from']}" for row in rows]
+    path = inputs["pairs"] / "pairs.parquet"
+    rows = tables.read(path, columns=TRAINED, kept=tables.IN_ANY_ORDER)
+    fresh = None if spec.lora is None else (spec.lora, spec.seed)
+    loaded = iterates.load(inputs["model"], spec.policy, exclusive=True, fresh=fresh)
+    base = None if spec.lora is None else iterates.base_of(inputs["model"])
+    accelerator = iterates.accelerator(spec.hardware)
+    both = zip(tables.column("example_id", path), tables.column("sampled_from", path), strict=True)
+    names = [f"{example_id} {sampled_from}" for example_id, sampled_from in both]
 
     def loss(model: PreTrainedModel, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
         terms = pair_terms(model, [rows[i] for i in picked], spec.loss, spec.beta, accelerator.device)
@@ -54,7 +59,7 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
         out=out,
         context=context,
         before=lambda model: self_check(model, spec, inputs, rows, out, accelerator.device),
-        after=lambda: models.save(loaded, out),
+        after=lambda: iterates.save(loaded, out, base),
     )
     durable.write_jsonl(out / "metrics.jsonl", metrics)
 
@@ -113,7 +118,7 @@ def self_check(
         for j in spec.window
     }
     stored = selfcheck.to_check(rows, t, reference, real, generated)
-    coarse = spec.policy.dtype is Dtype.bfloat16 or spec.hardware.precision is Precision.bf16
+    coarse = spec.policy.layout is not None
     found = selfcheck.compare(
         stored,
         terms,

@@ -1,0 +1,165 @@
+"""What the stages still to be made may take: tokens to draw, to score and to train on, and memory."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spin_reg import sizes
+from spin_reg.corpora import Dataset
+from spin_reg.plan import Stage
+from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize
+from spin_reg.space import BYTES, SLOTS, human
+from spin_reg.specs import GenerateSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec
+
+QUANTIZED = {Quantize.none: None, Quantize.nf4: 0.55, Quantize.int8: 1.05}  # bytes a weight, with their scales
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens at most: every prompt and answer at its limit. `pairs`: how many are trained on, over all epochs."""
+
+    drawn: int
+    scored: int
+    trained: int
+    pairs: int
+
+    def words(self) -> str:
+        if not self.drawn + self.scored + self.trained:
+            return "none left"
+        listed = ", ".join(f"{count(getattr(self, name))} {name}" for name in ("drawn", "scored", "trained"))
+        return f"at most {listed} on ({count(self.pairs)} pairs)"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, by kind of stage: the most that one of the stages still to be made may hold."""
+
+    by_kind: Mapping[str, int]
+
+    def words(self, room: int) -> str:
+        """For people; `room`: bytes of memory that the machine has."""
+        if not self.by_kind:
+            return "nothing left to load"
+        listed = ", ".join(f"{kind} {human(size)}" for kind, size in self.by_kind.items())
+        text = f"about {listed} (an estimate); {human(room)} here"
+        if max(self.by_kind.values()) > room:
+            text += ". It will not fit: lower hardware.micro_batch_size or hardware.score_batch_size, set "
+            text += "hardware.gradient_checkpointing=true, model.lora.rank=16, or take another machine"
+        return text
+
+
+def count(number: float) -> str:
+    """A number as people read it."""
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def room() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
+    """The tokens of the stages still to be made.
+
+    Args:
+        rows: how many examples each split has, or may have. A draw deals a prompt to one of the window's iterates: its
+            stages are counted as if each drew its equal share.
+    """
+    drawn = scored = trained = pairs = 0
+    for stage in todo:
+        spec, needs = stage.spec, stage.needs
+        if isinstance(spec, GenerateSpec):
+            share = 1.0 if spec.draw is None else _share(spec.draw.samplers[-1], spec.k)
+            drawn += round(rows[spec.split] * share) * spec.max_new_tokens
+        elif isinstance(spec, ScoreSpec):
+            answers = needs.get("answers")
+            share = 1.0
+            if answers is not None and isinstance(answers.spec, GenerateSpec) and answers.spec.draw is not None:
+                share = _share(answers.spec.draw.samplers[-1], answers.spec.k)
+            some = rows[spec.split] if spec.first is None else min(spec.first, rows[spec.split])
+            scored += round(some * share) * _longest(stage)
+        elif isinstance(spec, SftSpec):
+            trained += spec.sft.epochs * (rows[Split.train] + rows.get(Split.retained_train, 0)) * _longest(stage)
+        elif isinstance(spec, TrainSpec):
+            made = rows[Split.train] * (len(spec.window) if _union(stage) else 1) * spec.epochs
+            pairs += made
+            trained += 2 * made * _longest(stage)
+    return Work(drawn, scored, trained, pairs)
+
+
+def _share(sampler: Sequence[tuple[int, float]], k: int) -> float:
+    return dict(sampler).get(k, 0.0)
+
+
+def _union(stage: Stage) -> bool:
+    return getattr(stage.needs["pairs"].spec, "draw", None) is None
+
+
+def _dataset(stage: Stage) -> Dataset:
+    while not isinstance(stage.spec, PrepareSpec):
+        stage = stage.needs["data"] if "data" in stage.needs else stage.needs["pairs"]
+    return stage.spec.dataset
+
+
+def _longest(stage: Stage) -> int:
+    """The most tokens that a prompt and an answer have together."""
+    data = _dataset(stage)
+    return data.max_prompt_tokens + data.max_response_tokens
+
+
+def memory(todo: Sequence[Stage], model: Model) -> Memory:
+    """The memory of the heaviest stage of each kind, every row at its limits.
+
+    With P weights of b bytes, T of them trained, B rows of L tokens (R of the answer), l layers of widths h (hidden),
+    i (inner) and c (keys, as values), V tokens in the vocabulary, and a bytes a number of the forward pass:
+
+        generate   b P + B L l 2 c b + 12 B V                       the cache; the last logits and their sums
+        score      b P + a B L (8 h + 4 i + 2 c) + 8 B R V          one layer at a time; logits in float32, twice
+        train      b P + T (4 + 4 slots) + a B L l (8 h + 4 i + 2 c) + 12 B R V          B: two rows a pair
+
+    `slots`: numbers that the optimizer keeps of a weight. With gradient checkpointing a layer keeps h and one layer is
+    made again at a time. Coarse: what kernels need for themselves, attention without flash and fragments that the
+    allocator keeps are not counted, the libraries as 0.5 GB; and rows are mostly shorter than their limits.
+    """
+    widths = sizes.shape(model)
+    if widths is None:
+        return Memory({})
+    found: dict[str, int] = {}
+    weights, trained = sizes.parameters(model), sizes.trained_parameters(model)
+    quantized = QUANTIZED[model.lora.quantize] if isinstance(model, Pretrained) else None
+    held = weights * (quantized or BYTES[model.dtype]) + LIBRARIES
+    for stage in todo:
+        spec = stage.spec
+        if not isinstance(spec, GenerateSpec | ScoreSpec | SftSpec | TrainSpec):
+            continue
+        need = held + _working(stage, spec, widths, model, trained)
+        found[stage.kind] = max(found.get(stage.kind, 0), round(need))
+    return Memory(found)
+
+
+LIBRARIES = 500_000_000  # bytes: Python, torch and transformers as imported
+
+
+def _working(
+    stage: Stage, spec: GenerateSpec | ScoreSpec | SftSpec | TrainSpec, widths: sizes.Shape, model: Model, trained: int
+) -> float:
+    """Bytes beside the weights."""
+    hardware: Hardware = spec.hardware
+    b, data = BYTES[model.dtype], _dataset(stage)
+    a = 2 if hardware.precision is Precision.bf16 or model.dtype is Dtype.bfloat16 else 4
+    longest, response = _longest(stage), data.max_response_tokens
+    layer = 8 * widths.hidden + 4 * widths.inner + 2 * widths.cached
+    if isinstance(spec, GenerateSpec):
+        rows, length = spec.generation.batch_size, data.max_prompt_tokens + spec.max_new_tokens
+        return rows * (length * widths.layers * 2 * widths.cached * b + 12 * widths.vocabulary)
+    if isinstance(spec, ScoreSpec):
+        rows = hardware.score_batch_size
+        return rows * (a * longest * layer + 8 * response * widths.vocabulary)
+    rows = 2 * hardware.micro_batch_size
+    slots = SLOTS[spec.optimizer] if isinstance(spec, TrainSpec) else SLOTS[Optimizer.adamw]
+    kept = widths.layers * widths.hidden + layer if hardware.gradient_checkpointing else widths.layers * layer
+    return trained * (4 + 4 * slots) + rows * (a * longest * kept + 12 * response * widths.vocabulary)

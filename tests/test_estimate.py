@@ -1,0 +1,136 @@
+"""What `plan` says a run may take, against brute force; and the presets that people begin with."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command
+from hydra import compose, initialize_config_dir
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_reg import config, estimate, models, overrides, sizes
+from spin_reg.plan import Sources, plan
+from spin_reg.schedules import at
+from spin_reg.settings import Pretrained, Tiny
+from spin_reg.specs import Split
+
+PRESETS = ("spin", "alpha_spin", "fictitious_play", "mixture_of_two", "small_lora")
+ROWS = {Split.train: 100, Split.heldout: 10}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = models.byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loaded(*words: str) -> config.Config:
+    config.register()
+    overrides.register_help(ROOT / "conf")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return config.load(compose("config", list(words)))
+
+
+def work(*words: str) -> estimate.Work:
+    """Of a run on 100 prompts and 10 held-out ones, 7 + 5 tokens at most, three iterations."""
+    limits = ["dataset.max_prompt_tokens=7", "dataset.max_response_tokens=5", "schedule.epochs=1"]
+    own = ["model=pretrained", "model.name_or_path=m", "dataset=jsonl", "dataset.path=x.jsonl", "evaluation=none"]
+    settings = loaded(*own, *limits, *words)
+    return estimate.work(plan(settings, Sources(model="m", tokenizer="t", data="d")), ROWS)
+
+
+def test_tokens_of_plain_spin() -> None:
+    """N answers an iteration; each scored by its own iterate, as the real ones are; 2 N sequences trained on."""
+    found = work("regularizer=none")
+    assert found == estimate.Work(drawn=3 * 100 * 5, scored=3 * 2 * 100 * 12, trained=3 * 2 * 100 * 12, pairs=300)
+
+
+def test_tokens_of_fictitious_play() -> None:
+    """N answers and N (t + 2) scorings at iteration t: the window's t + 1 iterates score N answers, the newest also the
+    N real ones. A draw's answers are counted as equal shares.
+    """
+    found = work("regularizer=fictitious_play")
+    assert found.drawn == pytest.approx(3 * 100 * 5, rel=0.01)
+    assert found.scored == pytest.approx(12 * 100 * sum(t + 2 for t in range(3)), rel=0.01)
+    assert (found.pairs, found.trained) == (300, 3 * 2 * 100 * 12)
+
+
+def test_union_trains_on_every_iterates_answers() -> None:
+    assert work("regularizer=mixture_of_two", "regularizer.pairs=union").pairs == 100 + 200 + 200
+
+
+def test_widths_are_those_of_the_model(base: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(base)
+    found = sizes.shape(Pretrained(name_or_path=str(base)))
+    layer = model.model.layers[0]
+    assert found == sizes.Shape(
+        layers=len(model.model.layers),
+        hidden=model.lm_head.in_features,
+        inner=layer.mlp.up_proj.out_features,
+        cached=layer.self_attn.k_proj.out_features,
+        vocabulary=model.lm_head.out_features,
+    )
+    tiny = models.start(Tiny()).model
+    assert sizes.shape(Tiny()) == sizes.Shape(
+        4, 128, tiny.model.layers[0].mlp.up_proj.out_features, 128, tiny.lm_head.out_features
+    )
+
+
+def memory(base: Path, *words: str) -> int:
+    """Bytes of the heaviest training stage over this model."""
+    settings = loaded("model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl", *words)
+    stages = plan(settings, Sources(model="m", tokenizer="t", data="d"))
+    return estimate.memory(stages, settings.model).by_kind["train"]
+
+
+def test_adapters_and_small_batches_take_less_memory(base: Path) -> None:
+    most = memory(base)
+    less = ("hardware.micro_batch_size=1", "hardware.gradient_checkpointing=true", "model.lora.rank=1")
+    assert all(memory(base, word) < most for word in less)
+
+
+def test_what_does_not_fit_is_told_with_what_helps() -> None:
+    text = estimate.Memory({"train": 9 * 10**9}).words(room=8 * 10**9)
+    assert "will not fit" in text and "hardware.micro_batch_size" in text and "model.lora.rank" in text
+    assert "will not fit" not in estimate.Memory({"train": 7 * 10**9}).words(room=8 * 10**9)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_plan_of_a_preset_says_tokens_memory_and_disk(
+    preset: str, base: Path, command: Command, tmp_path: Path
+) -> None:
+    """With a model and data of this machine in place of the Hub's."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train_sft.parquet").write_bytes(b"")
+    words = [f"experiment={preset}", f"model.name_or_path={base}", "model.revision=null"]
+    result = command("plan", *words, f"dataset.path={tmp_path}/data", f"outputs={tmp_path}/o")
+    assert result.code == 0, result.err
+    assert all(re.search(rf"^  {word}: ", result.out, flags=re.M) for word in ("tokens", "memory", "disk"))
+    thousands = 5 if preset == "small_lora" else 50
+    drawn = re.search(r"tokens: at most ([\d.]+)(\w) drawn", result.out)
+    assert drawn is not None and drawn[2] == "M" and float(drawn[1]) > thousands * 1024 * 3 / 1000
+    assert not (tmp_path / "o").exists()
+
+
+def test_presets_are_what_was_published() -> None:
+    config.register()
+    overrides.register_help(ROOT / "conf")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        found = {name: config.load(compose("config", [f"experiment={name}"])) for name in PRESETS}
+    spin = found["spin"]
+    assert [at(spin.schedule.learning_rate, t) for t in range(4)] == [5e-7, 5e-7, 1e-7, 1e-7]
+    assert [at(spin.schedule.beta, t) for t in range(4)] == [0.1, 0.1, 0.1, 5.0]
+    assert (spin.schedule.batch_size, spin.schedule.optimizer, list(spin.schedule.epochs)) == (64, "rmsprop", [2])
+    assert spin.dataset.num_prompts == 50000
+    for name in ("alpha_spin", "fictitious_play", "mixture_of_two"):
+        other = found[name]
+        assert (other.model, other.dataset, other.schedule) == (spin.model, spin.dataset, spin.schedule)
+        assert type(other.regularizer) is not type(spin.regularizer)
+    assert isinstance(found["small_lora"].model, Pretrained) and found["small_lora"].model.lora.rank > 0

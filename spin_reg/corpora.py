@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,16 @@ def label(part: Jsonl | Hub) -> str:
     return ":".join(filter(None, [part.path, part.subset, part.split if part.split != "train" else None]))
 
 
-def _weights(dataset: Corpus) -> list[float]:
-    return [part.weight for part in dataset.parts] if isinstance(dataset, Mixture) else [1.0]
+def _weights(dataset: Corpus) -> list[Fraction]:
+    """The weights as they were typed, so that their ratios are exact: 0.3 to 0.1 is 3 to 1, whatever floats say."""
+    return [Fraction(repr(part.weight)) for part in dataset.parts] if isinstance(dataset, Mixture) else [Fraction(1)]
 
 
 def shares(dataset: Corpus, total: int) -> list[int]:
-    """How many of so many rows each part gives: in proportion to the weights, the largest remainders rounded up."""
+    """How many of so many rows each part gives: in proportion to the weights, the largest remainders rounded up; of
+    equal ones the first."""
     weights = _weights(dataset)
-    exact = [total * weight / math.fsum(weights) for weight in weights]
+    exact = [total * weight / sum(weights) for weight in weights]
     given = [math.floor(share) for share in exact]
     by_remainder = sorted(range(len(given)), key=lambda i: given[i] - exact[i])
     for i in by_remainder[: total - sum(given)]:
@@ -185,7 +188,7 @@ def shares(dataset: Corpus, total: int) -> list[int]:
 def most(dataset: Corpus, there: list[int]) -> int:
     """The most rows that all parts together can give by their shares, where the parts have so many."""
     weights = _weights(dataset)
-    bounds = [(count + 1) * math.fsum(weights) / weight for count, weight in zip(there, weights, strict=True)]
+    bounds = [(count + 1) * sum(weights) / weight for count, weight in zip(there, weights, strict=True)]
     total = min(sum(there), math.ceil(min(bounds)))  # a share is off by less than one row
     while any(share > count for share, count in zip(shares(dataset, total), there, strict=True)):
         total -= 1

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, Command
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spin_reg import corpora, data, models
@@ -98,6 +98,18 @@ def test_most_is_as_many_as_the_parts_have(parts: list[tuple[int, float]]) -> No
     assert corpora.most(mixture, there) == max(fits)
 
 
+@given(st.integers(0, 1000), st.lists(st.integers(1, 99), min_size=1, max_size=5), st.sampled_from([2, 3, 7, 10]))
+@example(total=141, weights=[5, 1], times=3)  # two halves are over
+def test_weights_count_by_their_ratios_alone(total: int, weights: list[int], times: int) -> None:
+    """1:1 is 2:2, 3:1 is 0.3:0.1, also where two remainders are equal, and whatever floats say of tenths."""
+
+    def given_(typed: list[float]) -> list[int]:
+        return corpora.shares(Mixture(parts=[Part(path=f"{i}.jsonl", weight=w) for i, w in enumerate(typed)]), total)
+
+    plain = given_([float(w) for w in weights])
+    assert plain == given_([float(w * times) for w in weights]) == given_([w / 10 for w in weights])
+
+
 def mixture(tmp_path: Path, **kwargs: Any) -> Mixture:
     a, b = write(tmp_path / "a.jsonl", rows("a", 30)), write(tmp_path / "b.jsonl", rows("b", 12))
     parts = [Part(path=str(a), weight=1), Part(path=str(b), weight=1)]
@@ -172,3 +184,30 @@ def test_a_held_out_share_never_trains_whatever_else_the_file_holds(tmp_path: Pa
     with pytest.raises(DataError) as raised:
         sides(lines, num_heldout=100)
     assert "heldout_share (now 0.2" in raised.value.todo and "num_heldout (now 100)" in raised.value.todo
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("own_ids", [True, False])
+@pytest.mark.parametrize("kwargs", [{}, {"num_prompts": 10}, {"heldout_share": 0.4}, {"unique": Unique.prompt}])
+def test_a_mixture_of_one_part_is_that_part(kwargs: dict[str, Any], own_ids: bool, ending: str, tmp_path: Path) -> None:
+    """The same rows in the same order, under the same ids, whatever the weight; and the same summary."""
+    lines = [*rows("a", 40), *({"prompt": f"a {i}", "response": "another", "id": 40 + i} for i in range(6))]
+    if not own_ids:
+        lines = [{key: row[key] for key in ("prompt", "response")} for row in [*lines, *lines[:3]]]
+    path = str(write(tmp_path / f"a.{ending}", lines))
+    alone = splits(Jsonl(path=path, num_heldout=4, **kwargs))
+    assert splits(Mixture(parts=[Part(path=path, weight=0.3)], num_heldout=4, **kwargs)) == alone
+    assert len(alone[0]) >= 10 and len(alone[1]) == 4
+
+
+@pytest.mark.parametrize("num_prompts", [None, 15])
+def test_equal_weights_are_equal_whatever_their_number(num_prompts: int | None, tmp_path: Path) -> None:
+    """An odd number of rows of two equal parts: the one that is over goes to the same part."""
+    parts = mixture(tmp_path).parts
+
+    def weighing(weight: float) -> Any:
+        return splits(
+            mixture(tmp_path, parts=[Part(path=p.path, weight=weight) for p in parts], num_prompts=num_prompts)
+        )
+
+    assert weighing(1) == weighing(2) == weighing(0.1)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from spin_reg import __version__, stopping
@@ -213,7 +212,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
             _report(failures[-1])
 
     try:
-        with TemporaryDirectory() as scratch:  # Hydra leaves a multirun.yaml; run.json already says all of it
+        with stopping.temporary_folder() as scratch:  # Hydra leaves a multirun.yaml; run.json already says all of it
             if {"-m", "--multirun"} & set(words) and not any(w.startswith("hydra.sweep.dir=") for w in words):
                 sys.argv.append(f"hydra.sweep.dir={quoted(scratch)}")
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
@@ -258,7 +257,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
     screen = Screen()
     with stopping.listening(), screen.warnings():
         planned = _planned(cfg, only_evaluate=only_evaluate)
-        stopping.goes_on_by(f"run the same command again, or spin-reg resume {shlex.quote(_short(planned.root))}")
+        stopping.goes_on_by(f"spin-reg resume {shlex.quote(_short(planned.root))}", once=planned.root / "run.json")
         if planned.stages and not planned.finished:
             try:
                 launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))

@@ -39,12 +39,14 @@ class Screen:
         self.console = _Console(file=sys.stderr, highlight=False, width=None if terminal else PIPED_WIDTH)
         self._bar: Progress | None = None
         self._titles: dict[str, str] = {}  # a stage may begin inside another, to make what that one needs again
-        self._title, self._began, self._said = "", 0.0, 0.0
+        self._title, self._began, self._said, self._heard = "", 0.0, 0.0, 0.0
+        self._counted = (0, "")
 
     def stage(self, index: int, total: int, stage: Stage, state: State) -> None:
         self.close()  # the data are looked at once before their stage begins
         self._title = self._titles[stage.name] = f"[{index}/{total}] {stage.name}"
-        self._began = self._said = time.monotonic()
+        self._began = self._said = self._heard = time.monotonic()
+        self._counted = (0, "")
         if state.status is Status.reuse:
             self._line(f"{self._title}  reused: {state.reason}")
         if state.status is Status.todo and self.console.is_terminal:
@@ -64,7 +66,11 @@ class Screen:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total, unit=unit)
-        elif now - self._said >= EVERY and done < total:
+            return
+        if self._counted != (total, unit):  # the data are read as bytes, then tokenised as rows
+            self._counted, self._began = (total, unit), self._heard
+        self._heard = now
+        if now - self._said >= EVERY and done < total:
             self._said = now
             left = (now - self._began) / max(done, 1) * (total - done)
             self._line(f"{self._title}  {unit} {done}/{total}, about {left:.0f} s left")

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spin_reg import stopping
 from spin_reg.corpora import Hub, Jsonl
 from spin_reg.errors import DataError
 from spin_reg.layouts import shown
@@ -55,7 +55,7 @@ def opened(part: Jsonl | Hub) -> Iterator[Source]:
             return
         path = Path(part.path).expanduser()
         if path.suffix == ".parquet":
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="spin-reg-")))
+            folder = Path(stack.enter_context(stopping.temporary_folder()))
             spools: list[Spool] = []
             yield Source(str(path), partial(_scan_parquet, path, folder, spools), lambda place: spools[0][place])
         elif path.suffix == ".json":

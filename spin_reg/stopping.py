@@ -7,12 +7,16 @@ what is on disk is whole at any moment, so that loses nothing that was finished.
 
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from weakref import WeakSet
 
 from spin_reg.errors import Stopped
 
@@ -21,7 +25,8 @@ GRACE = 8.0  # seconds
 
 _asked: list[int] = []  # the signals that came
 _last_words: list[Callable[[], None]] = []
-_how = ["run the same command again"]
+_folders: "WeakSet[TemporaryDirectory[str]]" = WeakSet()
+_how: list[tuple[str, Path]] = []  # other commands that go on, each once a file is there
 
 
 def poll() -> None:
@@ -35,14 +40,25 @@ def poll() -> None:
 
 
 def stopped() -> Stopped:
-    """The error for a run that a signal stopped; `goes_on_by` says how to go on."""
+    """The error for a run that a signal stopped; `goes_on_by` adds a way to go on."""
     name = signal.Signals(_asked[0]).name if _asked else "SIGINT"
-    return Stopped(f"Stopped by {name}.", where="the run at work", why="nothing finished is lost", todo=_how[0])
+    return Stopped(f"Stopped by {name}.", where="the run at work", why="nothing finished is lost", todo=_to_go_on())
 
 
-def goes_on_by(command: str) -> None:
-    """What to tell who stopped the run."""
-    _how[0] = command
+def goes_on_by(command: str, once: Path) -> None:
+    """Another way to go on than the same command, told to who stops the run once that file is there."""
+    _how[:] = [(command, once)]
+
+
+def _to_go_on() -> str:
+    return ", or ".join(["run the same command again", *(command for command, once in _how if once.exists())])
+
+
+def temporary_folder() -> TemporaryDirectory[str]:
+    """A folder that goes with its object, or with the process where a signal ends that."""
+    folder = TemporaryDirectory(prefix="spin-reg-")
+    _folders.add(folder)
+    return folder
 
 
 @contextmanager
@@ -52,7 +68,7 @@ def listening() -> Iterator[None]:
     os.set_blocking(told, False)
     handlers = {number: signal.signal(number, _ignore) for number in SIGNALS}
     before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    _how[0] = "run the same command again"
+    _how.clear()
     thread = threading.Thread(target=_hear, args=(heard,), name="signals", daemon=True)
     thread.start()
     try:
@@ -117,7 +133,9 @@ def _give_up() -> None:
 def _end() -> None:
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h\n")  # a live line had hidden the cursor
-    _say(f"to go on: {_how[0]}")
+    for folder in list(_folders):
+        shutil.rmtree(folder.name, ignore_errors=True)
+    _say(f"to go on: {_to_go_on()}")
     os._exit(Stopped.exit_code)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spin_reg import data, durable, models, tables
+from spin_reg import data, durable, models, stopping, tables
 from spin_reg.context import Context
 from spin_reg.corpora import Dataset, Hub, Mixture, Part, published
 from spin_reg.data import Splits
@@ -27,7 +27,7 @@ def check(spec: PrepareSpec, context: Context) -> dict[Split, int]:
     """
     tokenizer = models.load_tokenizer(spec.model)
     ends = models.end_ids(models.generation_config(spec.model), tokenizer)
-    folder = TemporaryDirectory(prefix="spin-reg-")
+    folder = stopping.temporary_folder()
 
     def progress(done: int, total: int, unit: str) -> None:
         context.poll()

@@ -53,8 +53,10 @@ class Spool:
 
     def __iter__(self) -> Iterator[Row]:
         self._finish()
-        for n in range(len(self._starts)):
-            yield from self._reader.get_batch(n).to_pylist()
+        with pa.OSFile(str(self._path)) as file:  # read, not mapped: no page of it stays in the process
+            reader = pa.ipc.open_file(file)
+            for n in range(len(self._starts)):
+                yield from reader.get_batch(n).to_pylist()
 
     def _flush(self) -> None:
         late, self._late = self._late, []

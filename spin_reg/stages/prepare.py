@@ -1,5 +1,6 @@
 """Data into token ids, split into train and held-out."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +12,7 @@ from spin_reg.corpora import Dataset, Hub, Mixture, Part, published
 from spin_reg.data import Splits
 from spin_reg.fingerprint import digest
 from spin_reg.specs import PrepareSpec, Split
-from spin_reg.spool import Spool
+from spin_reg.spool import Row, Spool
 
 _checked: dict[str, tuple[Splits, dict[str, Any], TemporaryDirectory[str]]] = {}  # by `check`, until `run` writes it
 
@@ -71,7 +72,13 @@ def run(spec: PrepareSpec, inputs: dict[str, Path], out: Path, context: Context)
     splits, summary, folder = _checked.pop(digest(spec))
     with folder:
         for split, rows in splits.items():
-            tables.write(out / f"{split}.parquet", rows, tables.EXAMPLES)
+            tables.write(out / f"{split}.parquet", _polling(rows, context), tables.EXAMPLES)
         if published(spec.dataset):
-            tables.write(out / "published.parquet", splits[Split.train], tables.PUBLISHED)
+            tables.write(out / "published.parquet", _polling(splits[Split.train], context), tables.PUBLISHED)
     durable.write_json(out / "summary.json", summary | {"counts": {split: len(rows) for split, rows in splits.items()}})
+
+
+def _polling(rows: Iterable[Row], context: Context) -> Iterator[Row]:
+    for row in rows:
+        context.poll()
+        yield row

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, Command, read_all
 
-from spin_reg import iterates, models
+from spin_reg import iterates, models, tables
 from spin_reg.corpora import Hub, Jsonl, Turns
 from spin_reg.errors import DataError
 from spin_reg.fingerprint import digest
 from spin_reg.layouts import Example
+from spin_reg.tables import ANSWERS, EXAMPLES, SCORES
 
 GOOD = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(12)]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
@@ -358,6 +360,7 @@ def test_bad_data_exit_3_in_four_lines_leave_nothing_and_load_no_model(
 
 SIZE = """
 import sys
+from collections.abc import Iterator
 from spin_reg import index
 from spin_reg.corpora import Jsonl
 
@@ -384,3 +387,60 @@ def test_the_memory_of_reading_hangs_on_the_number_of_rows_and_not_on_their_text
         assert rows == 40000
         taken.append(peak)
     assert max(taken) < 40000 * 300 / 1000 + 3000 and abs(taken[0] - taken[1]) < 3000, taken
+
+
+TABLES = """
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from spin_reg import fit, opponents, tables
+from spin_reg.context import Context
+from spin_reg.opponents import Iterate
+from spin_reg.specs import PairsSpec, answers_role, generated_role, real_role
+from spin_reg.stages import pairs, train
+
+folder, stage = Path(sys.argv[1]), sys.argv[2]
+
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+
+before = peak()
+if stage == "pairs":
+    spec = PairsSpec(t=0, window=(0,), reference=opponents.to_json(Iterate(0)), draw=None)
+    inputs = {role: folder for role in ("data", answers_role(0), real_role(0), generated_role(0, 0))}
+    pairs.run(spec, inputs, folder, Context())
+else:
+    path = folder / "pairs.parquet"
+    rows = tables.read(path, columns=train.TRAINED, kept=tables.IN_ANY_ORDER)
+    names = tables.column("example_id", path)
+    for step in fit.batches(names, seed=0, iteration=0, epochs=1, size=8)[:250]:
+        assert all(len(rows[i]["generated_ids"]) == 200 for i in step)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_the_memory_of_pairs_and_of_training_hangs_on_the_number_of_rows_and_not_on_their_text(tmp_path: Path) -> None:
+    """kB over the start, for 20,000 rows and for 40,000: each further row holds 8.4 kB, and takes less than 1.5 kB."""
+    text, ids = "x" * 2000, [5] * 200
+
+    def made(rows: int) -> Iterator[dict[str, Any]]:
+        for i in range(rows):
+            yield {
+                **{"example_id": f"row-{i:06d}", "sampled_from": 0, "finish_reason": "stop", "logprob": -1.0},
+                **dict.fromkeys(("prompt_ids", "real_ids", "generated_ids"), ids),
+                **dict.fromkeys(("prompt", "real", "generated"), f"{i} {text}"),
+            }
+
+    taken = []
+    for rows in (20000, 40000):
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        for name, schema in {"train": EXAMPLES, "answers": ANSWERS, "scores": SCORES}.items():
+            tables.write(folder / f"{name}.parquet", made(rows), schema)
+        words = [[sys.executable, "-c", TABLES, str(folder), stage] for stage in ("pairs", "train")]
+        taken.append([int(subprocess.run(w, capture_output=True, text=True, check=True).stdout) for w in words])
+        assert len(tables.read(folder / "pairs.parquet")) == rows
+    growth = [(more - less) / 20000 for less, more in zip(*taken, strict=True)]
+    assert max(growth) < 1.5, (growth, taken)

@@ -83,6 +83,20 @@ class _Shutil:
         return call
 
 
+class _Halves:
+    """A stream that a fault cuts halfway through the bytes of one of its writes."""
+
+    def __init__(self, stream: Any, counter: Counter) -> None:
+        self._stream, self._counter = stream, counter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, content: Any) -> int:
+        self._counter.step(lambda: self._stream.write(memoryview(content)[: len(content) // 2]))
+        return int(self._stream.write(content))
+
+
 HELPERS = ("write_bytes", "rename_folder", "replace_file", "link", "remove", "make_folder")
 
 
@@ -111,14 +125,20 @@ def before_calls(counter: Counter) -> Iterator[Counter]:
 @contextmanager
 def inside_calls(counter: Counter) -> Iterator[Counter]:
     """Count every step inside the helpers: half a write, fsync, rename, link, half a removal."""
-    real_os, real_shutil, real_fill = durable.os, durable.shutil, durable._fill
+    real_os, real_shutil, real_fill, real_writing = durable.os, durable.shutil, durable._fill, durable.writing
 
     def fill(path: Path, content: bytes) -> None:
         counter.step(lambda: real_fill(path, content[: len(content) // 2]))
         real_fill(path, content)
 
+    @contextmanager
+    def writing(path: Path) -> Iterator[Any]:
+        with real_writing(path) as stream:
+            yield _Halves(stream, counter)
+
     durable.os, durable.shutil, durable._fill = _Os(counter), _Shutil(counter), fill  # type: ignore[assignment]
+    durable.writing = writing
     try:
         yield counter
     finally:
-        durable.os, durable.shutil, durable._fill = real_os, real_shutil, real_fill
+        durable.os, durable.shutil, durable._fill, durable.writing = real_os, real_shutil, real_fill, real_writing

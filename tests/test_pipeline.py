@@ -14,7 +14,7 @@ from conftest import ROOT
 from faults import Counter, Killed, before_calls, inside_calls
 from hydra import compose, initialize_config_dir
 
-from spin_reg import config, durable, overrides, rundir, runner
+from spin_reg import config, durable, overrides, rundir, runner, tables
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, DamagedError, NoSpace, RunBusy, SpinRegError
 from spin_reg.plan import Sources, Stage, plan
@@ -92,6 +92,26 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 
 
 FAULTS = {"raise": None, "ENOSPC": NoSpace.exit_code, "EIO": SpinRegError.exit_code}  # and the exit code of each
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_table_that_is_cut_halfway_through_its_bytes_is_the_old_one(fault: str, tmp_path: Path) -> None:
+    """At every write of three row groups and the footer, and at the rename; then the same call makes the new one."""
+    old, new = ([{"example_id": f"{name} {i}", "logprob": -1.0} for i in range(600)] for name in ("old", "new"))
+    path, wanted = tmp_path / "scores.parquet", tmp_path / "wanted.parquet"
+    tables.write(wanted, new, tables.SCORES)
+    tables.write(path, old, tables.SCORES)
+    before = path.read_bytes()
+    for k in itertools.count(1):
+        try:
+            with inside_calls(Counter(at=k, fault=fault)) as counter:
+                tables.write(path, new, tables.SCORES)
+            break
+        except (Killed, SpinRegError) as error:
+            assert getattr(error, "exit_code", None) == FAULTS[fault]
+            assert path.read_bytes() == before
+            assert fault == "raise" or sorted(tmp_path.iterdir()) == [path, wanted]
+    assert k > counter.calls > 10 and path.read_bytes() == wanted.read_bytes()
 
 
 def cut_everywhere(injected: Callable[[Counter], Any], place: Path) -> int:

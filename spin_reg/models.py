@@ -156,6 +156,8 @@ def from_folder(folder: Path, policy: Policy, gguf_file: str | None = None) -> P
         )
     if gguf_file is not None:
         _written_out(model)
+    if policy.quantize is Quantize.nf4:
+        _unpacked(model)
     return model
 
 
@@ -163,6 +165,16 @@ def _written_out(model: PreTrainedModel) -> None:
     """Transformers calls a model read from GGUF quantized and will not save it, though its weights are plain."""
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
+
+
+def _unpacked(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights in the form that gradients pass through.
+
+    On some CPUs bitsandbytes packs them at the first forward without gradients, and then, silently, none pass any more.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin_reg import adapters, checkpoint, iterates, models, sizes
 from spin_reg.logprobs import collate, sequence_logprobs
-from spin_reg.settings import Dtype, Lora, Pretrained
+from spin_reg.settings import Dtype, Lora, Pretrained, Quantize
 from spin_reg.specs import Policy
 
 OWN = [word for word in SMALL if not word.startswith("model.")]
@@ -258,6 +258,30 @@ def test_a_quantized_base(kind: str, base: Path, command: Command, tmp_path: Pat
     assert result.code == 0, result.err
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "float32"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_scoring_before_training_leaves_the_gradients_of_a_quantized_base(kind: str, base: Path) -> None:
+    """As the self-check does: where the libraries then hold the weights in a form for inference, none would pass."""
+    pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
+    lora = Lora(rank=4, quantize=Quantize(kind))
+    batch = collate([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]])
+    found = []
+    for scores_first in (False, True):
+        model = models.start(Pretrained(name_or_path=str(base), lora=lora)).model
+        adapted = adapters.fresh(model, lora, seed=0).eval()
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora_B" in name:  # 0 in a new adapter, and so would be the gradients behind it
+                    weight.fill_(0.01)
+            if scores_first:
+                sequence_logprobs(adapted, batch)
+        sequence_logprobs(adapted, batch).sum().backward()
+        found.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert gradient is not None and gradient.norm() > 0, name
+        assert torch.allclose(found[1][name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max())), name
 
 
 def test_a_merged_export_is_the_iterate(made: Path, command: Command, tmp_path: Path) -> None:

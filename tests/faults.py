@@ -125,7 +125,9 @@ def before_calls(counter: Counter) -> Iterator[Counter]:
 @contextmanager
 def inside_calls(counter: Counter) -> Iterator[Counter]:
     """Count every step inside the helpers: half a write, fsync, rename, link, half a removal."""
-    real_os, real_shutil, real_fill, real_writing = durable.os, durable.shutil, durable._fill, durable.writing
+    held = vars(durable)
+    real = {name: held[name] for name in ("os", "shutil", "_fill", "writing")}
+    real_fill, real_writing = durable._fill, durable.writing
 
     def fill(path: Path, content: bytes) -> None:
         counter.step(lambda: real_fill(path, content[: len(content) // 2]))
@@ -136,9 +138,8 @@ def inside_calls(counter: Counter) -> Iterator[Counter]:
         with real_writing(path) as stream:
             yield _Halves(stream, counter)
 
-    durable.os, durable.shutil, durable._fill = _Os(counter), _Shutil(counter), fill  # type: ignore[assignment]
-    durable.writing = writing
+    held |= {"os": _Os(counter), "shutil": _Shutil(counter), "_fill": fill, "writing": writing}
     try:
         yield counter
     finally:
-        durable.os, durable.shutil, durable._fill, durable.writing = real_os, real_shutil, real_fill, real_writing
+        held |= real

@@ -15,7 +15,7 @@ import pytest
 from conftest import Command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -454,6 +454,68 @@ def some_taken(tok: PreTrainedTokenizerBase) -> bool:
 
     holds()
     return any(taken)
+
+
+ZEPHYR = """{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\n'  + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}"""
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + eos_token }}{% endfor %}"
+)
+
+
+def sentencepiece(template: str, blank_in_front: bool) -> PreTrainedTokenizerBase:
+    """Blanks as a mark, unknown characters and newlines as bytes: as the tokenizers of Llama 2, Mistral and Zephyr.
+
+    `blank_in_front`: each text between special tokens gets a blank of its own in front.
+    """
+    core = Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    mark = normalizers.Replace(" ", "▁")
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), mark]) if blank_in_front else mark
+    front = [decoders.Strip(" ", 1, 0)] if blank_in_front else []
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *front])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
+    core.train_from_iterator([line.replace("\n", " ") for line in LINES], trainer)
+    ids = [("<s>", core.token_to_id("<s>"))]
+    core = Tokenizer.from_str(core.to_str())
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=ids)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("blank_in_front", [False, True])
+@pytest.mark.parametrize(("template", "begins"), [(ZEPHYR, False), (MISTRAL, True)], ids=["zephyr", "mistral"])
+def test_tokenizers_that_mark_blanks(template: str, begins: bool, blank_in_front: bool) -> None:
+    """Zephyr is the base of experiment=spin: its roles are marked by plain text, turns end with the eos (and pad)."""
+    tok = sentencepiece(template, blank_in_front)
+    assert ends_of(tok) == (tok.eos_token_id,)
+    some = (chat("How many?", "Nine."), chat("a", "b", "2 + 2?", " The answer is 4"), chat("Σ 日", "語 🙂\n\nhow"))
+    for said in some:
+        prompt, real = render.render(tok, said, ends_of(tok))
+        whole = tok(tok.apply_chat_template(said, tokenize=False), add_special_tokens=False)["input_ids"]
+        assert prompt + real == whole[: len(prompt + real)] and prompt == render.prompt_ids(tok, said[:-1])
+        assert real.count(tok.eos_token_id) == 1 and real[-1] == tok.eos_token_id
+        assert (prompt + real).count(tok.bos_token_id) == begins == (prompt[0] == tok.bos_token_id)
+        assert said[-1]["content"].strip() in tok.decode(prompt + real)
+    with_system = chat("a", "b", system="Be brief.")
+    if begins:
+        assert "roles must alternate; dataset.fold_system=true may help" in refusal(tok, with_system)
+    assert render.render(tok, render.fold_system(with_system), ends_of(tok))
 
 
 @pytest.mark.parametrize("template", [CHATML, EMPTY_THOUGHT, "{{ bos_token }}" + NO_SYSTEM])

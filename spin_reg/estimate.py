@@ -43,7 +43,7 @@ class Memory:
         listed = ", ".join(f"{kind} {human(size)}" for kind, size in self.by_kind.items())
         text = f"about {listed} (an estimate); {human(room)} here"
         if max(self.by_kind.values()) > room:
-            text += ". It will not fit: lower hardware.micro_batch_size or hardware.score_batch_size, set "
+            text += ". It will not fit: lower hardware.batch_tokens or generation.batch_size, set "
             text += "hardware.gradient_checkpointing=true, model.lora.rank=16, or take another machine"
         return text
 
@@ -87,7 +87,7 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
         elif isinstance(spec, TrainSpec):
             made = rows[Split.train] * (len(spec.window) if _union(stage) else 1) * spec.epochs
             pairs += made
-            trained += 2 * made * _longest(stage)
+            trained += made * (2 * _longest(stage) - _dataset(stage).max_prompt_tokens)  # the prompt is read once
     return Work(drawn, scored, trained, pairs)
 
 
@@ -114,12 +114,13 @@ def _longest(stage: Stage) -> int:
 def memory(todo: Sequence[Stage], model: Model) -> Memory:
     """The memory of the heaviest stage of each kind, every row at its limits.
 
-    With P weights of b bytes, T of them trained, B rows of L tokens (R of the answer), l layers of widths h (hidden),
-    i (inner) and c (keys, as values), V tokens in the vocabulary, and a bytes a number of the forward pass:
+    With P weights of b bytes, T of them trained, N tokens read at once (R of them in answers), B rows of L tokens that
+    are drawn, l layers of widths h (hidden), i (inner) and c (keys, as values), V tokens in the vocabulary, a bytes a
+    number of the forward pass, and at most C logits made at a time, K kept:
 
         generate   b P + B L l 2 c b + 12 B V                       the cache; the last logits and their sums
-        score      b P + a B L (8 h + 4 i + 2 c) + 8 B R V          one layer at a time; logits in float32, twice
-        train      b P + T (4 + 4 slots) + a B L l (8 h + 4 i + 2 c) + 12 B R V          B: two rows a pair
+        score      b P + a N (8 h + 4 i + 2 c) + 8 min(C, R V)      one layer at a time; logits in float32, twice
+        train      b P + T (4 + 4 slots) + a N l (8 h + 4 i + 2 c) + 4 min(K, R V) + 12 min(C, R V)
 
     `slots`: numbers that the optimizer keeps of a weight. With gradient checkpointing a layer keeps h and one layer is
     made again at a time. Coarse: what kernels need for themselves, attention without flash and fragments that the
@@ -157,9 +158,23 @@ def _working(
         rows, length = spec.generation.batch_size, data.max_prompt_tokens + spec.max_new_tokens
         return rows * (length * widths.layers * 2 * widths.cached * b + 12 * widths.vocabulary)
     if isinstance(spec, ScoreSpec):
-        rows = hardware.score_batch_size
-        return rows * (a * longest * layer + 8 * response * widths.vocabulary)
-    rows = 2 * hardware.micro_batch_size
+        tokens, answers = _at_once(hardware.batch_tokens, longest, hardware.score_batch_size), response
+        logits = tokens * answers // longest * widths.vocabulary
+        return a * tokens * layer + 8 * min(logits, sizes.LOGITS_AT_ONCE)
+    pair = longest + response if isinstance(spec, TrainSpec) else longest
+    tokens = _at_once(hardware.batch_tokens, pair, hardware.micro_batch_size)
+    logits = tokens * (pair - data.max_prompt_tokens) // pair * widths.vocabulary
     slots = SLOTS[spec.optimizer] if isinstance(spec, TrainSpec) else SLOTS[Optimizer.adamw]
     kept = widths.layers * widths.hidden + layer if hardware.gradient_checkpointing else widths.layers * layer
-    return trained * (4 + 4 * slots) + rows * (a * longest * kept + 12 * response * widths.vocabulary)
+    return (
+        trained * (4 + 4 * slots)
+        + a * tokens * kept
+        + 4 * min(logits, sizes.LOGITS_KEPT)
+        + 12 * min(logits, sizes.LOGITS_AT_ONCE)
+    )
+
+
+def _at_once(tokens: int, longest: int, most: int | None) -> int:
+    """Tokens that a model reads at once: as many rows as the budget holds, or one row that is longer."""
+    rows = max(1, tokens // longest)
+    return longest * (rows if most is None else min(rows, most))

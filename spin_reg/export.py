@@ -9,7 +9,7 @@ from typing import Any
 from spin_reg import config, durable, launch, rundir
 from spin_reg.config import Config
 from spin_reg.errors import ConfigError
-from spin_reg.plan import policy
+from spin_reg.policies import policy
 from spin_reg.settings import Quantize
 
 USAGE = "spin-reg export RUN [--iterate K] --to FOLDER"

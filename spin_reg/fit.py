@@ -16,6 +16,8 @@ from spin_reg import checkpoint, durable, stopping
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError, Stopped
 from spin_reg.fingerprint import order
+from spin_reg.packing import cut
+from spin_reg.scorer import Scorer
 from spin_reg.settings import LrScheduler, Optimizer
 
 Metrics = dict[str, float]
@@ -31,10 +33,27 @@ class FitSpec:
     warmup_ratio: float
     weight_decay: float
     max_grad_norm: float
-    micro_batch_size: int
+    batch_tokens: int
+    micro_batch_size: int | None
     gradient_checkpointing: bool
     save_every: int
     iteration: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is fitted to rows that are known by their positions.
+
+    Attributes:
+        loss: (scorer, rows) -> (the *sum* of the rows' losses, the sums of their metrics).
+        weight: what a step's sums are divided by, given its rows. name: a row's id, for error messages.
+        slots: how many tokens the model reads of a row.
+    """
+
+    loss: Callable[[Scorer, Sequence[int]], tuple[Tensor, Metrics]]
+    weight: Callable[[Sequence[int]], float]
+    name: Callable[[int], str]
+    slots: Callable[[int], int]
 
 
 def batches(names: Sequence[str], *, seed: int, iteration: int, epochs: int, size: int) -> list[list[int]]:
@@ -88,28 +107,23 @@ def _train_without_dropout(layer: torch.nn.Module) -> None:
 def fit(
     model: PreTrainedModel,
     steps: Sequence[Sequence[int]],
-    loss: Callable[[PreTrainedModel, Sequence[int]], tuple[Tensor, Metrics]],
-    weight: Callable[[Sequence[int]], float],
-    name: Callable[[int], str],
+    task: Task,
     *,
     spec: FitSpec,
     prefix: str,
     accelerator: Accelerator,
     out: Path,
     context: Context,
-    before: Callable[[PreTrainedModel], None] = lambda model: None,
+    before: Callable[[Scorer], None] = lambda scorer: None,
     after: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Train the model in place; a call after a kill goes on from the last checkpoint in `out`.
 
     Args:
         steps: the row positions of each optimiser step.
-        loss: (model, rows) -> (the *sum* of the rows' losses, the sums of their metrics).
-        weight: what a step's sums are divided by, given its rows.
-        name: a row's id, for error messages.
         prefix: of the metrics' names.
-        before: called with the prepared model where training starts from its beginning. after: called at the end, while
-            a signal still keeps every step; it saves the model.
+        before: called with the prepared scorer where training starts from its beginning. after: called at the end,
+            while a signal still keeps every step; it saves the model.
 
     Returns:
         One metrics row a step.
@@ -118,24 +132,23 @@ def fit(
         NonFiniteError: a loss or a gradient that is NaN or infinite; the state before that step is kept.
         Stopped: a signal asked for it; every finished step is kept.
     """
-    optimizer = _optimizer(model, spec)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    inner = accelerator.unwrap_model(model)
-    _without_dropout(inner, spec.gradient_checkpointing)
+    _without_dropout(model, spec.gradient_checkpointing)
+    scorer, optimizer = accelerator.prepare(Scorer(model), _optimizer(model, spec))
+    inner = accelerator.unwrap_model(scorer).model
     scratch = out / durable.SCRATCH
     state = _State(inner, optimizer, scratch, checkpoint.read(scratch, inner, optimizer.optimizer))
     for row in state.metrics:
         context.log(row)
     if not state.metrics:
-        before(model)
+        before(scorer)
     with stopping.saving(state.keep):
         for step in range(len(state.metrics), len(steps)):
             rate = _set_rate(optimizer, spec, step, len(steps))
             where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
             try:
-                sums = _gradients(model, steps[step], loss, weight, name, spec, accelerator, where, context.poll)
-                norm = float(accelerator.clip_grad_norm_(model.parameters(), spec.max_grad_norm))
-                _refuse_nonfinite(norm, "gradient", where, [name(i) for i in steps[step]])
+                sums = _gradients(scorer, steps[step], task, spec, accelerator, where, context.poll)
+                norm = float(accelerator.clip_grad_norm_(scorer.parameters(), spec.max_grad_norm))
+                _refuse_nonfinite(norm, "gradient", where, [task.name(i) for i in steps[step]])
             except (Stopped, NonFiniteError):
                 state.keep()  # the step at hand has changed nothing yet
                 raise
@@ -200,11 +213,9 @@ def _without_dropout(model: PreTrainedModel, gradient_checkpointing: bool) -> No
 
 
 def _gradients(
-    model: PreTrainedModel,
+    scorer: Scorer,
     rows: Sequence[int],
-    loss: Callable[[PreTrainedModel, Sequence[int]], tuple[Tensor, Metrics]],
-    weight: Callable[[Sequence[int]], float],
-    name: Callable[[int], str],
+    task: Task,
     spec: FitSpec,
     accelerator: Accelerator,
     where: str,
@@ -212,12 +223,12 @@ def _gradients(
 ) -> Metrics:
     """Accumulate a step's gradients over its micro-batches; the step's mean metrics."""
     total: Metrics = {}
-    scale = weight(rows)
-    for start in range(0, len(rows), spec.micro_batch_size):
+    scale = task.weight(rows)
+    for picked in cut([task.slots(i) for i in rows], tokens=spec.batch_tokens, most=spec.micro_batch_size):
         poll()
-        micro = rows[start : start + spec.micro_batch_size]
-        summed, metrics = loss(model, micro)
-        _refuse_nonfinite(summed.item(), "loss", where, [name(i) for i in micro])
+        micro = [rows[i] for i in picked]
+        summed, metrics = task.loss(scorer, micro)
+        _refuse_nonfinite(summed.item(), "loss", where, [task.name(i) for i in micro])
         accelerator.backward(summed / scale)
         for key, value in ({"loss": summed.item()} | metrics).items():
             total[key] = total.get(key, 0.0) + value / scale

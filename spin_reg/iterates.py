@@ -52,6 +52,8 @@ def load(folder: Path, policy: Policy, *, exclusive: bool = False, fresh: tuple[
             loaded = replace(loaded, model=model.eval())
     if exclusive:
         forget()
+    else:
+        loaded.model.requires_grad_(False)  # kernels, and so bits, hang on it even where no gradient is asked for
     return loaded
 
 

@@ -9,15 +9,15 @@ from spin_reg.config import Config
 from spin_reg.corpora import Toy, published
 from spin_reg.fingerprint import digest, identity
 from spin_reg.opponents import Draw, Opponent, Pairs
+from spin_reg.policies import adapter, policy
 from spin_reg.schedules import at
-from spin_reg.settings import Dtype, Lora, Precision, Pretrained, Quantize
+from spin_reg.settings import Pretrained
 from spin_reg.specs import (
     AnswersSpec,
     BaseSpec,
     EvaluateSpec,
     GenerateSpec,
     PairsSpec,
-    Policy,
     PrepareSpec,
     PublishedSpec,
     ScoreSpec,
@@ -27,6 +27,7 @@ from spin_reg.specs import (
     TrainSpec,
     answers_role,
     generated_role,
+    holds_scores,
     real_role,
 )
 
@@ -82,31 +83,6 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
         builder.iterate(t + 1)
     builder.evaluate(config.schedule.iterations)
     return list(builder.stages.values())
-
-
-def policy(config: Config) -> Policy:
-    """How the run's iterates are loaded."""
-    model = config.model
-    if not isinstance(model, Pretrained):
-        return Policy(model.dtype, model.attn_implementation, _layout(config))
-    code, quantize = model.trust_remote_code, model.lora.quantize
-    return Policy(model.dtype, model.attn_implementation, _layout(config), quantize, code)
-
-
-def adapter(config: Config) -> Lora | None:
-    """The adapter that is trained; None where all weights are."""
-    lora = config.model.lora if isinstance(config.model, Pretrained) else None
-    return lora if lora is not None and lora.rank > 0 else None
-
-
-def _layout(config: Config) -> tuple[int, ...] | None:
-    """In bf16, and over a quantized base (its kernels choose their arithmetic by a batch's shape), a log-prob moves
-    with its batch companions, so the batch sizes are part of what a stage is.
-    """
-    quantized = isinstance(config.model, Pretrained) and config.model.lora.quantize is not Quantize.none
-    if config.hardware.precision is Precision.fp32 and config.model.dtype is Dtype.float32 and not quantized:
-        return None
-    return (config.hardware.micro_batch_size, config.hardware.score_batch_size, config.generation.batch_size)
 
 
 def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
@@ -189,7 +165,7 @@ class _Builder:
 
         Iterate t's are there where the reference is made of them; where it is not (a static base), those of a few rows.
         """
-        needs = {role: need for role, need in pairs.needs.items() if isinstance(need.spec, ScoreSpec)}
+        needs = {role: need for role, need in pairs.needs.items() if holds_scores(role)}
         if real_role(t) not in needs:
             needs[real_role(t)] = self.real(t, Split.train, first=CHECKED)
         for j in self._opponent(t).window:
@@ -258,10 +234,13 @@ class _Builder:
     def generated(self, k: int, answers: Stage, first: int | None = None) -> Stage:
         """Iterate k's log-probs of the answers of another stage.
 
+        An iterate has those of its own answers from drawing them, where they are the same (`GenerateSpec.scored`).
         Under `reuse` an older iterate's answers are scored only where a newer scorer k still trains on them.
         """
         made = answers.spec
         assert isinstance(made, AnswersSpec)
+        if isinstance(made, GenerateSpec) and made.scored and made.k == k:
+            return answers
         reused = made.split is Split.train and self._opponent(k).pairs is Pairs.reuse and k > made.k
         draw, c = self._draw(k) if reused else None, self.config
         spec = ScoreSpec(

@@ -1,30 +1,44 @@
-"""Drawing answers from a policy: a KV cache, finished rows leave, and every draw is keyed by its example.
+"""Drawing answers from a policy: what ended makes room for the next prompt, and every draw is keyed by its example.
 
 The uniform number behind token j of an example's answer depends on (seed, round, example_id, j) alone, so batch size,
 order and batch companions do not change the law of the answers.
+
+All rows of a batch stand with their newest token in one column, so a prompt that comes in later is laid to the left of
+that column, over what the row before it left behind. A prompt goes through the model once; its states stay in a cache
+that is written in place.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from spin_reg.errors import NonFiniteError
 from spin_reg.fingerprint import seed_of
 from spin_reg.logprobs import takes
+from spin_reg.packing import cut
 
-LEAVE = 0.75  # rows are dropped from the batch once fewer than this share of them go on
+LEAVE = 0.75  # with no prompt waiting, rows are dropped once fewer than this share of them go on
+REFILL = 8  # prompts come in once one row in so many is free
+PREFILL = 4096  # prompt tokens that go through the model at once
+ROOM = 128  # columns by which the cache grows
+BLOCK = 256  # probabilities that are summed before any is looked at
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids with the end token iff finish_reason is `stop`; `length` means cut off, with no end token."""
+    """Token ids with the end token iff finish_reason is `stop`; `length` means cut off, with no end token.
+
+    `logprobs`: nats, of each token in the distribution that it was drawn from.
+    """
 
     ids: list[int]
     finish_reason: str
+    logprobs: list[float] = field(compare=False)
 
 
 def uniforms(seed: int, round_: int, example_id: str, split: str, count: int) -> Tensor:
@@ -33,7 +47,7 @@ def uniforms(seed: int, round_: int, example_id: str, split: str, count: int) ->
     return torch.from_numpy(rng.random(count))
 
 
-def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) -> Tensor:
+def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
     """One token a row by the inverse of the cumulative distribution.
 
     Args:
@@ -41,18 +55,35 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
         temperature: divides the logits. top_p: keep the smallest set of most likely tokens with at least this mass.
 
     Returns:
-        (B,) int64; -1 where the logits are no distribution (a NaN, or nothing finite).
+        (B,) int64 tokens, -1 where the logits are no distribution (a NaN, or nothing finite); and (B,) float64, the
+        log-prob of each in the distribution that it was drawn from.
     """
-    p = torch.softmax(logits.float() / temperature, dim=-1)
+    scaled = logits.float() if temperature == 1 else logits.float() / temperature
+    mass = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()  # not normalised
     if top_p < 1:
-        ordered, index = p.sort(dim=-1, descending=True, stable=True)
+        ordered, index = (mass / mass.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
         outside = ordered.cumsum(dim=-1) - ordered >= top_p
-        p = p.scatter(-1, index, ordered.masked_fill(outside, 0.0))
-    cumulative = p.double().cumsum(dim=-1)
-    target = points.to(cumulative.device).unsqueeze(-1) * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    drawn = drawn.clamp(max=logits.shape[-1] - 1)
-    return drawn.masked_fill(~cumulative[:, -1].isfinite(), -1)
+        mass = torch.zeros_like(mass).scatter(-1, index, ordered.masked_fill(outside, 0.0))
+    vocabulary, points = mass.shape[-1], points.to(mass.device).unsqueeze(-1)
+    blocks = mass[:, : vocabulary // BLOCK * BLOCK].view(len(mass), -1, BLOCK).sum(dim=-1, dtype=torch.float64)
+    blocks = torch.cat([blocks, mass[:, blocks.shape[1] * BLOCK :].sum(dim=-1, keepdim=True, dtype=torch.float64)], 1)
+    upto = blocks.cumsum(dim=-1)
+    total = upto[:, -1:]
+    block = _first_above(upto, points * total)
+    before = upto.gather(1, block) - blocks.gather(1, block)
+    places = block * BLOCK + torch.arange(BLOCK, device=mass.device)
+    inside = mass.gather(1, places.clamp(max=vocabulary - 1)).double().masked_fill(places >= vocabulary, 0.0)
+    place = _first_above(inside.cumsum(dim=-1), points * total - before)
+    drawn = places.gather(1, place).clamp(max=vocabulary - 1)  # where nothing is finite, places mean nothing
+    logprob = mass.gather(1, drawn).double().log() - total.log()
+    return drawn.squeeze(-1).masked_fill(~(total.squeeze(-1).isfinite()), -1), logprob.squeeze(-1)
+
+
+def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
+    """(B, 1): the first place whose cumulative mass is above the target, which rounding never puts past all mass."""
+    below = torch.nextafter(cumulative[:, -1:], torch.zeros_like(target))
+    place = torch.searchsorted(cumulative, torch.minimum(target, below), right=True)
+    return place.clamp(max=cumulative.shape[-1] - 1)
 
 
 def _nonfinite(names: Sequence[str], position: int) -> NonFiniteError:
@@ -64,6 +95,147 @@ def _nonfinite(names: Sequence[str], position: int) -> NonFiniteError:
     )
 
 
+class _Columns(DynamicLayer):
+    """One layer's keys and values in a buffer with room to the right; what is read is a view of it."""
+
+    keys: Tensor
+    values: Tensor
+    used = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the newest column; keys and values are (rows, heads, 1, width)."""
+        if self.used == self.keys.shape[2]:
+            self.keys, self.values = (_wider(states, ROOM) for states in (self.keys, self.values))
+        self.keys[:, :, self.used] = key_states[:, :, 0]
+        self.values[:, :, self.used] = value_states[:, :, 0]
+        self.used += 1
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        """Columns in use."""
+        return self.used
+
+    def put(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Lay prompts to the left of the newest column."""
+        there = slice(self.used - keys.shape[2], self.used)
+        self.keys[rows, :, there], self.values[rows, :, there] = keys, values
+
+    def trim(self, rows: Tensor, first: int) -> None:
+        """Keep these rows, and the columns from `first` on."""
+        self.keys, self.values = (
+            _wider(states[rows, :, first : self.used], ROOM) for states in (self.keys, self.values)
+        )
+        self.used -= first
+
+
+def _wider(states: Tensor, room: int) -> Tensor:
+    rows, heads, columns, width = states.shape
+    wide = states.new_zeros((rows, heads, columns + room, width))
+    wide[:, :, :columns] = states
+    return wide
+
+
+class _Decoder:
+    """The rows that are being answered: which prompt each answers, its cache, and the logits of its next token."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        self.model, self.prompts = model, prompts
+        self.cache_name = "cache" if takes(model, "cache") else "past_key_values"
+        self.last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        self.rows: list[int | None] = []  # the prompt that each row answers; None: the row is free
+        self.mask = self.positions = self.logits = torch.empty(0)
+        self.cache = Cache(layers=[])
+
+    def start(self, picked: Sequence[int]) -> None:
+        """Begin with these prompts, a row each."""
+        self.rows = [None] * len(picked)
+        self.mask = self.positions = torch.empty(0)
+        self.fill(picked)
+
+    def fill(self, picked: Sequence[int]) -> None:
+        """Put prompts into free rows; none is longer than the first ones were."""
+        free = [row for row, of in enumerate(self.rows) if of is None]
+        widest = max(len(self.prompts[i]) for i in picked)
+        if len(self.mask):
+            self.trim(leave=False, room=widest)
+        if not len(self.mask):
+            device = self.model.device
+            self.mask = torch.zeros((len(self.rows), widest), dtype=torch.long, device=device)
+            self.positions = torch.zeros((len(self.rows), 1), dtype=torch.long, device=device)
+            self.cache = Cache(layers=[])
+        for some in cut([len(self.prompts[i]) for i in picked], tokens=PREFILL):
+            taken = [free.pop(0) for _ in some]
+            self._prefill(taken, [picked[i] for i in some])
+
+    def _prefill(self, taken: list[int], picked: list[int]) -> None:
+        device, rows = self.model.device, torch.tensor(taken, device=self.model.device)
+        ids, mask = (made.to(device) for made in _left_padded([self.prompts[i] for i in picked]))
+        cache = DynamicCache(config=self.model.config) if len(picked) == len(self.rows) == 1 else DynamicCache()
+        logits = self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
+        width, columns = ids.shape[1], self.mask.shape[1]
+        if len(self.rows) == 1:  # nothing to lay beside others: any kind of cache will do
+            self.cache, self.mask, self.logits = cache, mask, logits
+        else:
+            if not self.cache.layers:
+                self.cache = Cache(layers=[_empty(layer, len(self.rows), columns) for layer in cache.layers])
+                self.logits = logits.new_zeros((len(self.rows), logits.shape[1]))
+            for layer, made in zip(self.cache.layers, cache.layers, strict=True):
+                assert isinstance(layer, _Columns)
+                layer.put(rows, made.keys, made.values)
+            self.mask[rows] = 0
+            self.mask[rows, columns - width :] = mask
+            self.logits[rows] = logits
+        self.positions[rows, 0] = mask.sum(dim=1)
+        for row, i in zip(taken, picked, strict=True):
+            self.rows[row] = i
+
+    def step(self, tokens: Tensor) -> None:
+        """Read the (B,) tokens that were drawn."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.rows), 1))], dim=1)
+        self.logits = self._forward(tokens.unsqueeze(-1), self.mask, self.positions, self.cache)
+        going = [[of is not None] for of in self.rows]  # the positions of free rows stay where they are allowed
+        self.positions = (self.positions + 1) * torch.tensor(going, device=self.positions.device)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{self.cache_name: cache},
+            **self.last,
+        )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def trim(self, *, leave: bool, room: int = 0) -> None:
+        """Give up the columns that no answer at hand looks at, but for `room`, and with `leave` the free rows."""
+        going = torch.tensor([of is not None for of in self.rows], device=self.mask.device)
+        first = int(self.mask[going].any(dim=0).int().argmax())
+        first = max(0, min(first, self.mask.shape[1] - room))
+        if not leave and first < ROOM:
+            return  # not worth the copies
+        rows = going.nonzero().squeeze(1) if leave else torch.arange(len(going), device=going.device)
+        for layer in self.cache.layers:
+            if isinstance(layer, _Columns):
+                layer.trim(rows, first)
+        self.mask, self.positions, self.logits = self.mask[rows, first:], self.positions[rows], self.logits[rows]
+        self.rows = [self.rows[row] for row in rows.tolist()]
+
+
+def _empty(layer: DynamicLayer, rows: int, columns: int) -> _Columns:
+    made = _Columns()
+    made.keys, made.values = (
+        _wider(states.new_zeros((rows, states.shape[1], columns, states.shape[3])), ROOM)
+        for states in (layer.keys, layer.values)
+    )
+    made.used, made.is_initialized = columns, True
+    made.dtype, made.device = layer.keys.dtype, layer.keys.device
+    return made
+
+
 @torch.inference_mode()
 def sample(
     model: PreTrainedModel,
@@ -73,6 +245,7 @@ def sample(
     ends: Sequence[int],
     temperature: float,
     top_p: float,
+    batch_size: int | None = None,
     names: Sequence[str] = (),
     poll: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
@@ -80,53 +253,52 @@ def sample(
 
     Args:
         prompts: B rows of token ids. points: (B, N) uniform draws, one a token; N is the longest answer.
-        ends: the token ids that end an answer.
+        ends: the token ids that end an answer. batch_size: how many are answered at a time; None: all.
         names: the prompts' ids, for error messages. poll: called at every token.
 
     Raises:
         NonFiniteError: a logit is NaN, or none is finite: there is no distribution to draw from.
     """
-    device = model.device
-    ids, mask = _left_padded(prompts)
-    ids, mask = ids.to(device), mask.to(device)
-    last = takes(model, "logits_to_keep")
-    answers: list[list[int]] = [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # a later one always fits
+    size = min(batch_size or len(prompts), len(prompts)) if _lays_beside(model) else 1
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
     reasons = ["length"] * len(prompts)
-    rows = list(range(len(prompts)))  # which prompt each row of the batch answers
-    open_rows = [True] * len(prompts)
-    cache = DynamicCache(config=model.config)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    for j in range(points.shape[1]):
+    longest, decoder = points.shape[1], _Decoder(model, prompts)
+    while waiting or any(of is not None for of in decoder.rows):
+        free = sum(of is None for of in decoder.rows)
+        if free == len(decoder.rows):
+            picked, waiting = waiting[:size], waiting[size:]
+            decoder.start(picked)
+        elif waiting and free * REFILL >= len(decoder.rows):
+            picked, waiting = waiting[:free], waiting[free:]
+            decoder.fill(picked)
+        elif not waiting and len(decoder.rows) - free < LEAVE * len(decoder.rows):
+            decoder.trim(leave=True)
         poll()
-        out = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **({"logits_to_keep": 1} if last else {}),
-        )
-        drawn = pick(out.logits[:, -1], points[rows, j], temperature=temperature, top_p=top_p)
-        broken = [row for row, token in zip(rows, drawn.tolist(), strict=True) if token < 0]
-        if broken:
-            raise _nonfinite([names[i] if names else str(i) for i in broken], j)
-        for b, token in enumerate(drawn.tolist()):
-            if open_rows[b]:
-                answers[rows[b]].append(token)
-                if token in ends:
-                    reasons[rows[b]], open_rows[b] = "stop", False
-        if not any(open_rows):
-            break
-        mask = torch.cat([mask, mask.new_ones((len(rows), 1))], dim=1)
-        positions = positions[:, -1:] + 1
-        ids = drawn.unsqueeze(-1)
-        if sum(open_rows) < LEAVE * len(rows):
-            staying = [b for b, goes_on in enumerate(open_rows) if goes_on]
-            keep = torch.tensor(staying, device=device)
-            cache.batch_select_indices(keep)
-            ids, mask, positions = ids[keep], mask[keep], positions[keep]
-            rows, open_rows = [rows[b] for b in staying], [True] * len(staying)
-    return [Answer(a, r) for a, r in zip(answers, reasons, strict=True)]
+        of_rows = [0 if of is None else of for of in decoder.rows]  # a free row draws too; nobody looks
+        places = [min(len(tokens[i]), longest - 1) for i in of_rows]
+        drawn, logprob = pick(decoder.logits, points[of_rows, places], temperature=temperature, top_p=top_p)
+        for row, (token, value) in enumerate(zip(drawn.tolist(), logprob.tolist(), strict=True)):
+            i = decoder.rows[row]
+            if i is None:
+                continue
+            if token < 0:
+                raise _nonfinite([names[i] if names else str(i)], len(tokens[i]))
+            tokens[i].append(token)
+            logprobs[i].append(value)
+            if token in ends or len(tokens[i]) == longest:
+                reasons[i] = "stop" if token in ends else "length"
+                decoder.rows[row] = None
+        if any(of is not None for of in decoder.rows):
+            decoder.step(drawn.clamp(min=0))
+    return [Answer(*answer) for answer in zip(tokens, reasons, logprobs, strict=True)]
+
+
+def _lays_beside(model: PreTrainedModel) -> bool:
+    """Whether the states of rows can be laid side by side, with padding: those of attention can, recurrent ones not."""
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -284,14 +284,19 @@ class Wandb(Tracker):
 
 @dataclass
 class Hardware:
-    """Where and how models run. `precision=bf16` is autocast over the weights' own dtype."""
+    """Where and how models run. `precision=bf16` is autocast over the weights' own dtype.
+
+    `batch_tokens`: what the model reads at once in training and scoring, padding included; one row always fits.
+    `micro_batch_size` pairs and `score_batch_size` answers are the most, where that is to be fewer.
+    """
 
     precision: Precision = Precision.fp32
-    micro_batch_size: int = runtime(8)
-    score_batch_size: int = runtime(16)
+    batch_tokens: int = runtime(1024)
+    micro_batch_size: int | None = runtime(None)
+    score_batch_size: int | None = runtime(None)
     gradient_checkpointing: bool = runtime(False)
     threads: int | None = runtime(None)
 
     def __post_init__(self) -> None:
         positive(hardware__micro_batch_size=self.micro_batch_size, hardware__threads=self.threads)
-        positive(hardware__score_batch_size=self.score_batch_size)
+        positive(hardware__score_batch_size=self.score_batch_size, hardware__batch_tokens=self.batch_tokens)

@@ -17,6 +17,9 @@ STRETCHING = {"dynamic", "longrope", "su"}  # RoPE whose frequencies depend on t
 OUTER = ("embed", "embd", "lm_head", "wte", "wpe", "norm")  # in the names of what is no linear layer between the two
 TINY_POSITIONS, TINY_VOCABULARY = 4096, 261  # of the model made on the spot: 256 bytes and 5 marks
 
+LOGITS_AT_ONCE = 2**24  # 64 MB in float32: what is made at a time to read log-probs off
+LOGITS_KEPT = 2**27  # 512 MB: what is kept for the gradient; where there is more, it is made again
+
 
 def weight_files(model: Pretrained) -> list[Path]:
     """The safetensors files that hold a model's weights; of the Hub some may not be here yet."""

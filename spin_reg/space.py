@@ -16,6 +16,7 @@ from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer, Pretrained
 from spin_reg.specs import (
     AnswersSpec,
     EvaluateSpec,
+    GenerateSpec,
     PairsSpec,
     PrepareSpec,
     ScoreSpec,
@@ -139,14 +140,19 @@ def _table(stage: Stage, rows: Mapping[Split, int]) -> int:
     if isinstance(spec, PrepareSpec):
         return sum(rows.values()) * (ROW + TOKEN * (prompt + (2 if published(spec.dataset) else 1) * response))
     if isinstance(spec, AnswersSpec):
-        return rows[spec.split] * (ROW + TOKEN * spec.max_new_tokens)
+        scored = spec.scored if isinstance(spec, GenerateSpec) else False
+        return rows[spec.split] * (ROW + TOKEN * spec.max_new_tokens + scored * _score(spec.split, spec.max_new_tokens))
     if isinstance(spec, ScoreSpec):
-        tokens = 0 if spec.split is Split.train else response
-        return (spec.first or rows[spec.split]) * (ROW // 2 + 4 * tokens)
+        return (spec.first or rows[spec.split]) * _score(spec.split, response)
     if isinstance(spec, PairsSpec):
         answers = 1 if spec.draw is not None else len(spec.window)
         return rows[Split.train] * answers * (ROW + TOKEN * (prompt + 2 * response))
     return spec.num_samples * TOKEN * (prompt + 2 * response) if isinstance(spec, EvaluateSpec) else 0
+
+
+def _score(split: Split, response: int) -> int:
+    """Bytes of a row of a score table: the tokens' own log-probs are kept of held-out answers."""
+    return ROW // 2 + 4 * (0 if split is Split.train else response)
 
 
 def free(folder: Path) -> int:

@@ -38,7 +38,7 @@ class Policy:
 
     dtype: Dtype
     attn_implementation: str | None
-    layout: tuple[int, ...] | None  # batch sizes, where arithmetic is so coarse that they change results
+    layout: tuple[int | None, ...] | None  # batch sizes, where arithmetic is so coarse that they change results
     quantize: Quantize = Quantize.none
     trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
 
@@ -88,7 +88,7 @@ class SftSpec(Kept):
     """Iterate 0 is fitted to the real answers."""
 
     kind: ClassVar[str] = "sft"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     precious: ClassVar[bool] = True
 
     model: Model
@@ -105,7 +105,7 @@ class GenerateSpec(Kept):
     """Answers of one iterate to the prompts of a split that `draw` deals to it (all of them without a draw)."""
 
     kind: ClassVar[str] = "generate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     k: int
     split: Split
@@ -116,6 +116,14 @@ class GenerateSpec(Kept):
     seed: int
     policy: Policy
     hardware: Hardware
+
+    @property
+    def scored(self) -> bool:
+        """Whether an answer is drawn with the log-prob that a score stage would find, so that none is needed: from the
+        policy itself, in arithmetic that hardly depends on batch companions.
+        """
+        plain = self.generation.temperature == 1 and self.generation.top_p == 1
+        return plain and self.policy.layout is None
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ class ScoreSpec(Kept):
     """
 
     kind: ClassVar[str] = "score"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     k: int
     split: Split
@@ -168,7 +176,7 @@ class TrainSpec(Kept):
     """One iteration's training: iterate t + 1 from iterate t. `window` and `reference` are those of its pairs."""
 
     kind: ClassVar[str] = "train"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     precious: ClassVar[bool] = True
 
     t: int
@@ -218,6 +226,11 @@ def answers_role(j: int) -> str:
 def real_role(k: int) -> str:
     """The input that holds iterate k's log-probs of real answers."""
     return f"real/{k:02d}"
+
+
+def holds_scores(role: str) -> bool:
+    """Whether an input is one of log-probs."""
+    return role.startswith(("real/", "generated/"))
 
 
 def generated_role(k: int, j: int) -> str:

@@ -194,17 +194,17 @@ def in_shards(
     make: Callable[[Sequence[Row]], list[Row]],
     *,
     out: Path,
-    name: str,
-    schema: pa.Schema,
+    into: Mapping[str, pa.Schema],
     size: int,
     done: Callable[[int, int], None],
 ) -> None:
-    """Map rows to rows shard by shard into `out/name`; a call after a kill goes on at the first missing shard.
+    """Map rows to rows shard by shard, and their columns into the tables `out/NAME`, by name; a call after a kill goes
+    on at the first missing shard.
 
     A shard is published when it is whole, under a name that holds its SHA-256; one that was damaged since is named in
     the log and made again. `make` sees one shard only, so what it returns never depends on the others.
     """
-    shards = out / durable.SCRATCH / "shards"
+    shards, schema = out / durable.SCRATCH / "shards", pa.unify_schemas(list(into.values()))
     durable.make_folder(shards)
 
     def shard(start: int) -> bytes:
@@ -218,8 +218,9 @@ def in_shards(
     for start in starts:
         shard(start)
         done(min(start + size, len(rows)), len(rows))
-    made = (row for start in starts for row in pq.read_table(pa.BufferReader(shard(start))).to_pylist())
-    write(out / name, made, schema)
+    for name, columns in into.items():
+        made = (row for start in starts for row in pq.read_table(pa.BufferReader(shard(start))).to_pylist())
+        write(out / name, made, columns)
 
 
 def _whole_shard(shards: Path, start: int) -> bytes | None:
@@ -233,13 +234,11 @@ def _whole_shard(shards: Path, start: int) -> bytes | None:
 
 
 def in_batches(
-    rows: Sequence[Row], make: Callable[[Sequence[Row]], list[Row]], *, size: int, length: Callable[[Row], int]
+    rows: Sequence[Row], make: Callable[[Sequence[Row]], list[Row]], batches: Iterable[Sequence[int]]
 ) -> list[Row]:
-    """Map rows to rows in batches of like length; results stand in the order of the rows."""
-    positions = sorted(range(len(rows)), key=lambda i: length(rows[i]))
+    """Map rows to rows in batches of positions; results stand in the order of the rows."""
     made: list[Row | None] = [None] * len(rows)
-    for start in range(0, len(rows), size):
-        picked = positions[start : start + size]
+    for picked in batches:
         for i, row in zip(picked, make([rows[i] for i in picked]), strict=True):
             made[i] = row
     return [row for row in made if row is not None]

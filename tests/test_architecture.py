@@ -25,7 +25,7 @@ GROUND = {
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),
     ({"config"}, {"omegaconf", "hydra"}),
-    ({"logprobs", "losses"}, {"torch"}),
+    ({"logprobs", "losses", "packing"}, {"torch"}),
     (
         {
             "durable",
@@ -46,7 +46,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "join", "selfcheck"},
+        | {"checkpoint", "fit", "join", "scorer", "selfcheck"},
         {
             "torch",
             "numpy",
@@ -64,7 +64,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
-        {"plan", "rundir", "runner", "launch", "space", "estimate", "runlog", "tracking"},
+        {"plan", "policies", "rundir", "runner", "launch", "space", "estimate", "runlog", "tracking"},
         {"filelock", "wandb", "accelerate"},
     ),
     ({"cli", "console", "overrides", "runs", "export", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),

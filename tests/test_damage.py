@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SMALL, Command, weights
 from faults import Counter, Killed, before_calls
 
-from spin_reg import durable, fit, logprobs, rundir, sampling, selfcheck, tables
+from spin_reg import durable, fit, rundir, sampling, scorer, selfcheck, tables
 from spin_reg.errors import NonFiniteError, SelfCheckError
 from spin_reg.stages import generate
 from spin_reg.stages import train as train_stage
@@ -121,7 +121,7 @@ def test_only_a_missing_or_damaged_shard_is_made_again(
             if stop is not None and so_far >= stop:
                 raise Killed
 
-        tables.in_shards(rows, make, out=tmp_path, name="x.parquet", schema=tables.SCORES, size=3, done=done)
+        tables.in_shards(rows, make, out=tmp_path, into={"x.parquet": tables.SCORES}, size=3, done=done)
 
     with pytest.raises(Killed):
         table(stop=9)
@@ -160,7 +160,7 @@ def test_logits_that_are_not_finite_name_their_prompts() -> None:
     logits = torch.zeros(3, 5)
     logits[1, 2] = torch.nan
     logits[2] = -torch.inf
-    drawn = sampling.pick(logits, torch.tensor([0.5, 0.5, 0.5]).double(), temperature=1.0, top_p=1.0)
+    drawn, _ = sampling.pick(logits, torch.tensor([0.5, 0.5, 0.5]).double(), temperature=1.0, top_p=1.0)
     assert drawn.tolist()[1:] == [-1, -1] and drawn[0] >= 0
 
 
@@ -203,18 +203,18 @@ def test_every_iteration_begins_with_the_self_check(regularizer: str, train: Tra
 def test_a_wrong_reference_model_layout_or_mode_stops_the_run_and_names_the_rows(
     fault: str, made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_load, real_collate, real_pairs = train_stage.iterates.load, logprobs.collate, train_stage.tables.read
+    real_load, real_pack, real_pairs = train_stage.iterates.load, scorer.pack, train_stage.tables.read
 
     def load(folder: Path, *args: Any, **kwargs: Any) -> Any:
         if fault == "policy" and kwargs.get("exclusive"):
             folder = made / "iterate-00/model"  # where iterate 1 belongs
         return real_load(folder, *args, **kwargs)
 
-    def collate(prompts: Any, responses: Any) -> Any:
-        batch = real_collate(prompts, responses)
-        if fault == "positions":
-            batch.position_ids.add_(torch.arange(batch.position_ids.shape[1]) // 4)
-        return batch
+    def pack(groups: Any, device: Any) -> Any:
+        packed = real_pack(groups, device)
+        if fault == "positions" and any(len(group.answers) > 1 for group in groups):  # in training, not in scoring
+            packed.position_ids.add_(torch.arange(packed.position_ids.shape[1]) // 4)
+        return packed
 
     def read(path: Path, *more: Path, **kwargs: Any) -> Any:
         rows = real_pairs(path, *more, **kwargs)
@@ -232,7 +232,7 @@ def test_a_wrong_reference_model_layout_or_mode_stops_the_run_and_names_the_rows
 
     real_terms = train_stage.pair_terms
     monkeypatch.setattr(train_stage.iterates, "load", load)
-    monkeypatch.setattr(train_stage, "collate", collate)
+    monkeypatch.setattr(scorer, "pack", pack)
     monkeypatch.setattr(train_stage.tables, "read", read)
     monkeypatch.setattr(train_stage, "pair_terms", terms)
     first = "schedule.iterations=2" if fault == "policy" else "schedule.iterations=1"

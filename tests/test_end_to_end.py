@@ -142,7 +142,10 @@ def test_held_out_margins_are_those_of_the_loss(train: Train) -> None:
     scores = {
         name: {row["example_id"]: row["logprob"] for row in pq.read_table(root / name / "scores.parquet").to_pylist()}
         for name in (f"iterate-{k:02d}/scores/heldout-{what}" for k in (0, 1) for what in ("real", "from-00"))
+        if (root / name).exists()
     }
+    drawn = pq.read_table(root / "iterate-00/answers/heldout/scores.parquet").to_pylist()  # by the base, as it answered
+    scores["iterate-00/scores/heldout-from-00"] = {row["example_id"]: row["logprob"] for row in drawn}
     real = {row["example_id"]: len(row["real_ids"]) for row in pq.read_table(root / "data/heldout.parquet").to_pylist()}
     answers = pq.read_table(root / "iterate-00/answers/heldout/answers.parquet").to_pylist()
     deltas = []

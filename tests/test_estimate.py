@@ -47,19 +47,24 @@ def work(*words: str) -> estimate.Work:
 
 
 def test_tokens_of_plain_spin() -> None:
-    """N answers an iteration; each scored by its own iterate, as the real ones are; 2 N sequences trained on."""
+    """N answers an iteration, scored as they are drawn; the real ones by the same iterate; N pairs trained on, each
+    prompt read once. At another temperature an iterate's own answers are scored too.
+    """
+    trained = 3 * 100 * (7 + 2 * 5)
     found = work("regularizer=none")
-    assert found == estimate.Work(drawn=3 * 100 * 5, scored=3 * 2 * 100 * 12, trained=3 * 2 * 100 * 12, pairs=300)
+    assert found == estimate.Work(drawn=3 * 100 * 5, scored=3 * 100 * 12, trained=trained, pairs=300)
+    found = work("regularizer=none", "generation.temperature=0.9")
+    assert found == estimate.Work(drawn=3 * 100 * 5, scored=3 * 2 * 100 * 12, trained=trained, pairs=300)
 
 
 def test_tokens_of_fictitious_play() -> None:
-    """N answers and N (t + 2) scorings at iteration t: the window's t + 1 iterates score N answers, the newest also the
-    N real ones. A draw's answers are counted as equal shares.
+    """N answers and N (t + 2) log-probs at iteration t: the window's t + 1 iterates' of N answers, and the newest's of
+    the N real ones; N of them come with the answers. A draw's answers are counted as equal shares.
     """
     found = work("regularizer=fictitious_play")
     assert found.drawn == pytest.approx(3 * 100 * 5, rel=0.01)
-    assert found.scored == pytest.approx(12 * 100 * sum(t + 2 for t in range(3)), rel=0.01)
-    assert (found.pairs, found.trained) == (300, 3 * 2 * 100 * 12)
+    assert found.scored == pytest.approx(12 * 100 * sum(t + 1 for t in range(3)), rel=0.01)
+    assert (found.pairs, found.trained) == (300, 3 * 100 * (7 + 2 * 5))
 
 
 def test_union_trains_on_every_iterates_answers() -> None:
@@ -91,14 +96,14 @@ def memory(base: Path, *words: str) -> int:
 
 
 def test_adapters_and_small_batches_take_less_memory(base: Path) -> None:
-    most = memory(base)
+    many = "hardware.batch_tokens=8192"
     less = ("hardware.micro_batch_size=1", "hardware.gradient_checkpointing=true", "model.lora.rank=1")
-    assert all(memory(base, word) < most for word in less)
+    assert all(memory(base, many, word) < memory(base, many) for word in less) and memory(base) < memory(base, many)
 
 
 def test_what_does_not_fit_is_told_with_what_helps() -> None:
     text = estimate.Memory({"train": 9 * 10**9}).words(room=8 * 10**9)
-    assert "will not fit" in text and "hardware.micro_batch_size" in text and "model.lora.rank" in text
+    assert "will not fit" in text and "hardware.batch_tokens" in text and "model.lora.rank" in text
     assert "will not fit" not in estimate.Memory({"train": 7 * 10**9}).words(room=8 * 10**9)
 
 

@@ -7,7 +7,7 @@ import torch
 from faults import Counter, before_calls
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler
 
-from spin_reg import checkpoint, fit, iterates
+from spin_reg import checkpoint, fit, iterates, packing, scorer
 from spin_reg.context import Context
 from spin_reg.errors import NoSpace
 from spin_reg.settings import Hardware, LrScheduler, Optimizer
@@ -124,19 +124,18 @@ def test_gradient_checkpointing_computes_a_layer_twice(checkpointing: bool, tmp_
     def count(*args: object) -> None:
         calls[0] += 1
 
+    assert scorer.reads_packed(m)  # tried out before it is counted
     m.model.layers[0].mlp.register_forward_pre_hook(count)
     spec = fit.FitSpec(
         learning_rate=1e-3, optimizer=Optimizer.adamw, lr_scheduler=LrScheduler.constant, warmup_ratio=0.0,
-        weight_decay=0.0, max_grad_norm=1.0, micro_batch_size=2, gradient_checkpointing=checkpointing, save_every=99,
-        iteration=0,
+        weight_decay=0.0, max_grad_norm=1.0, batch_tokens=64, micro_batch_size=None,
+        gradient_checkpointing=checkpointing, save_every=99, iteration=0,
     )  # fmt: skip
-    ids = torch.randint(0, 7, (2, 5))
+    group = [packing.Group([1, 2], ([3, 4], [5]))]
     fit.fit(
         m,
         [[0, 1]] * 3,
-        lambda policy, rows: (policy(input_ids=ids, labels=ids).loss, {}),
-        weight=lambda rows: 1.0,
-        name=str,
+        fit.Task(lambda policy, rows: (-policy(group).sum(), {}), weight=lambda rows: 1.0, name=str, slots=lambda i: 5),
         spec=spec,
         prefix="x",
         accelerator=iterates.accelerator(Hardware()),

@@ -64,6 +64,7 @@ TABLE = [
     Row("generation.temperature", RESULT, "0.9"),
     Row("generation.top_p", RESULT, "0.9"),
     Row("hardware", GROUP),
+    Row("hardware.batch_tokens", RUNTIME, "300"),
     Row("hardware.gradient_checkpointing", RUNTIME, "true"),
     Row("hardware.micro_batch_size", RUNTIME, "3"),  # but see the layout of bf16 in test_pipeline.py
     Row("hardware.precision", RESULT, "bf16"),

@@ -102,6 +102,7 @@ def test_plain_spin_begins_every_iteration_at_log_2(train: Train, outputs: Path)
 def test_at_the_start_of_every_iteration_the_margin_of_every_row_is_zero(train: Train, outputs: Path) -> None:
     """Precompute, table, collate and training forward agree: at theta = pi_t against pi_t, Delta = 0 in every row."""
     from spin_reg import iterates
+    from spin_reg.scorer import Scorer
     from spin_reg.settings import Dtype, Loss
     from spin_reg.specs import Policy
     from spin_reg.stages.train import pair_terms
@@ -110,7 +111,7 @@ def test_at_the_start_of_every_iteration_the_margin_of_every_row_is_zero(train: 
     for t in range(3):
         policy = iterates.load(root / f"iterate-{t:02d}/model", Policy(Dtype.float32, None, None)).model
         for row in pq.read_table(root / f"iteration-{t:02d}/pairs.parquet").to_pylist():
-            terms = pair_terms(policy, [row], Loss(), 1.0, policy.device)
+            terms = pair_terms(Scorer(policy), [row], Loss(), 1.0)
             assert abs(terms["margin"].item()) < 1e-4, row["example_id"]
     iterates.forget()
 

@@ -87,7 +87,7 @@ def test_pick_follows_the_distribution() -> None:
     logits = torch.randn(1, 9, generator=torch.Generator().manual_seed(0))
     n = 40_000
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    drawn = sampling.pick(logits.expand(n, -1), grid, temperature=1.0, top_p=1.0)
+    drawn, _ = sampling.pick(logits.expand(n, -1), grid, temperature=1.0, top_p=1.0)
     share = torch.bincount(drawn, minlength=9).double() / n
     assert torch.allclose(share, torch.softmax(logits[0].double(), 0), atol=1e-4)
 
@@ -97,7 +97,7 @@ def test_pick_at_a_temperature_and_a_nucleus() -> None:
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
 
     def share(**kwargs: float) -> list[float]:
-        drawn = sampling.pick(p.log().expand(1000, -1), grid, **kwargs)
+        drawn, _ = sampling.pick(p.log().expand(1000, -1), grid, **kwargs)
         return (torch.bincount(drawn, minlength=4) / 1000).tolist()
 
     assert share(temperature=1.0, top_p=0.79) == pytest.approx([0.625, 0.375, 0, 0], abs=2e-3)
@@ -108,11 +108,13 @@ def test_pick_at_a_temperature_and_a_nucleus() -> None:
 
 def test_pick_never_leaves_the_vocabulary() -> None:
     top = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
-    assert int(sampling.pick(torch.zeros(1, 7), top, temperature=1.0, top_p=1.0)) == 6
-    assert int(sampling.pick(torch.zeros(1, 7), torch.zeros(1, dtype=torch.float64), temperature=1.0, top_p=1.0)) == 0
+    assert int(sampling.pick(torch.zeros(1, 7), top, temperature=1.0, top_p=1.0)[0]) == 6
+    assert (
+        int(sampling.pick(torch.zeros(1, 7), torch.zeros(1, dtype=torch.float64), temperature=1.0, top_p=1.0)[0]) == 0
+    )
     certain = torch.full((1, 7), -1e9)
     certain[0, 3] = 0
-    assert int(sampling.pick(certain, top, temperature=1.0, top_p=1.0)) == 3
+    assert int(sampling.pick(certain, top, temperature=1.0, top_p=1.0)[0]) == 3
 
 
 def test_the_law_of_whole_answers_is_the_policy() -> None:

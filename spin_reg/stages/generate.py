@@ -1,5 +1,6 @@
 """Answers of one iterate, drawn once and kept as token ids."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,20 +8,20 @@ import torch
 
 from spin_reg import iterates, sampling, tables
 from spin_reg.context import Context
-from spin_reg.specs import GenerateSpec
+from spin_reg.specs import GenerateSpec, Split
 from spin_reg.tables import Row, Rows
 
 SHARD = 256  # rows; what a kill costs at most, and the border that no batch crosses
 
 
 def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
-    """Write answers.parquet: one row for every prompt dealt to this iterate."""
+    """Write answers.parquet, one row for every prompt dealt to this iterate, and where `spec.scored` scores.parquet."""
     rows = prompts(spec, inputs["data"] / f"{spec.split}.parquet")
     accelerator = iterates.accelerator(spec.hardware)
     loaded = iterates.load(inputs["model"], spec.policy)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
 
-    def batch(some: Sequence[Row]) -> list[Row]:
+    def answer(some: Sequence[Row]) -> list[Row]:
         points = torch.stack(
             [
                 sampling.uniforms(spec.seed, spec.round, row["example_id"], spec.split, spec.max_new_tokens)
@@ -34,28 +35,28 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
             ends=loaded.end_ids,
             temperature=spec.generation.temperature,
             top_p=spec.generation.top_p,
+            batch_size=spec.generation.batch_size,
             names=[row["example_id"] for row in some],
             poll=context.poll,
         )
         return [
             {
                 "example_id": row["example_id"],
-                "generated_ids": answer.ids,
-                "finish_reason": answer.finish_reason,
+                "generated_ids": drawn.ids,
+                "finish_reason": drawn.finish_reason,
                 "sampled_from": spec.k,
-                "generated": loaded.tokenizer.decode(answer.ids, skip_special_tokens=True),
+                "logprob": math.fsum(drawn.logprobs),
+                "token_logprobs": drawn.logprobs if spec.split is not Split.train else None,
+                "generated": loaded.tokenizer.decode(drawn.ids, skip_special_tokens=True),
             }
-            for row, answer in zip(some, answers, strict=True)
+            for row, drawn in zip(some, answers, strict=True)
         ]
 
     tables.in_shards(
         rows,
-        lambda shard: tables.in_batches(
-            shard, batch, size=spec.generation.batch_size, length=lambda row: len(row["prompt_ids"])
-        ),
+        answer,
         out=out,
-        name="answers.parquet",
-        schema=tables.ANSWERS,
+        into={"answers.parquet": tables.ANSWERS} | ({"scores.parquet": tables.SCORES} if spec.scored else {}),
         size=SHARD,
         done=lambda done, total: context.progress(done, total, "answer"),
     )

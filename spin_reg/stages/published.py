@@ -30,8 +30,7 @@ def run(spec: PublishedSpec, inputs: dict[str, Path], out: Path, context: Contex
         tables.read(inputs["data"] / "published.parquet"),
         cut,
         out=out,
-        name="answers.parquet",
-        schema=tables.ANSWERS,
+        into={"answers.parquet": tables.ANSWERS},
         size=SHARD,
         done=lambda done, total: context.progress(done, total, "answer"),
     )

@@ -9,7 +9,8 @@ import torch
 from spin_reg import iterates, tables
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError
-from spin_reg.logprobs import collate, token_logprobs
+from spin_reg.packing import Group, cut, lengths, sums
+from spin_reg.scorer import Scorer
 from spin_reg.specs import ScoreSpec, Split
 from spin_reg.tables import ById, Row, Rows
 
@@ -21,17 +22,18 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
     rows = answer_rows(spec, inputs)
     accelerator = iterates.accelerator(spec.hardware)
     loaded = iterates.load(inputs["model"], spec.policy)
-    model = accelerator.prepare_model(loaded.model, evaluation_mode=True).eval()
+    scorer = accelerator.prepare_model(Scorer(loaded.model), evaluation_mode=True).eval()
+    hardware = spec.hardware
     keep_tokens = spec.split is not Split.train
 
     @torch.inference_mode()
     def batch(some: Sequence[Row]) -> list[Row]:
         context.poll()
-        block = collate([row["prompt_ids"] for row in some], [row["ids"] for row in some]).to(accelerator.device)
-        logprobs = token_logprobs(model, block)
-        sums = logprobs.double().sum(dim=-1).tolist()
+        groups = [Group(row["prompt_ids"], (row["ids"],)) for row in some]
+        logprobs = scorer(groups)
+        of_answers = logprobs.split(lengths(groups))
         scored = []
-        for row, total, tokens in zip(some, sums, logprobs.tolist(), strict=True):
+        for row, total, tokens in zip(some, sums(logprobs, groups).tolist(), of_answers, strict=True):
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"A log-prob is {total}.",
@@ -39,7 +41,7 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
                     why="the policy's weights or its arithmetic are broken; a reference cannot be made of it",
                     todo="look at the training curve of this iterate; try hardware.precision=fp32",
                 )
-            kept = tokens[: len(row["ids"])] if keep_tokens else None
+            kept = tokens.tolist() if keep_tokens else None
             scored.append({"example_id": row["example_id"], "logprob": total, "token_logprobs": kept})
         return scored
 
@@ -48,12 +50,14 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
         lambda shard: tables.in_batches(
             shard,
             batch,
-            size=spec.hardware.score_batch_size,
-            length=lambda row: len(row["prompt_ids"]) + len(row["ids"]),
+            cut(
+                [len(row["prompt_ids"]) + len(row["ids"]) - 1 for row in shard],
+                tokens=hardware.batch_tokens,
+                most=hardware.score_batch_size,
+            ),
         ),
         out=out,
-        name="scores.parquet",
-        schema=tables.SCORES,
+        into={"scores.parquet": tables.SCORES},
         size=SHARD,
         done=lambda done, total: context.progress(done, total, "score"),
     )

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spin_reg import durable, iterates, models, sources, tables
 from spin_reg.context import Context
-from spin_reg.fit import FitSpec, Metrics, batches, fit
-from spin_reg.logprobs import collate, sequence_logprobs
+from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.models import Loaded
+from spin_reg.packing import Group, sums
+from spin_reg.scorer import Scorer
 from spin_reg.settings import LrScheduler, Optimizer, Pretrained
 from spin_reg.specs import SftSpec, Split
 
@@ -38,12 +38,12 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
     paths = [path for path in splits if path.exists()]
     rows = tables.read(*paths, columns=["prompt_ids", "real_ids"], kept=tables.IN_ANY_ORDER)
     names, tokens = tables.column("example_id", *paths), tables.lengths("real_ids", *paths)
+    prompts, pairs = tables.lengths("prompt_ids", *paths), spec.hardware.micro_batch_size
     accelerator = iterates.accelerator(spec.hardware)
 
-    def loss(model: PreTrainedModel, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
-        some = [rows[i] for i in picked]
-        batch = collate([row["prompt_ids"] for row in some], [row["real_ids"] for row in some])
-        return -sequence_logprobs(model, batch.to(accelerator.device)).sum(), {}
+    def loss(scorer: Scorer, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
+        groups = [Group(rows[i]["prompt_ids"], (rows[i]["real_ids"],)) for i in picked]
+        return -sums(scorer(groups), groups).sum(), {}
 
     metrics = fit(
         loaded.model,
@@ -54,9 +54,12 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             epochs=spec.sft.epochs,
             size=spec.sft.batch_size,
         ),
-        loss,
-        weight=lambda picked: float(sum(tokens[i] for i in picked)),
-        name=lambda i: str(names[i]),
+        Task(
+            loss,
+            weight=lambda picked: float(sum(tokens[i] for i in picked)),
+            name=lambda i: str(names[i]),
+            slots=lambda i: prompts[i] + tokens[i] - 1,
+        ),
         spec=FitSpec(
             learning_rate=spec.sft.learning_rate,
             optimizer=Optimizer.adamw,
@@ -64,7 +67,8 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             warmup_ratio=0.1,
             weight_decay=0.0,
             max_grad_norm=1.0,
-            micro_batch_size=2 * spec.hardware.micro_batch_size,  # as many sequences as that many pairs,
+            batch_tokens=spec.hardware.batch_tokens,
+            micro_batch_size=None if pairs is None else 2 * pairs,  # as many sequences
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             iteration=-1,

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from spin_reg import durable, iterates, join, opponents, selfcheck, tables
+from spin_reg import durable, iterates, join, opponents, packing, selfcheck, tables
 from spin_reg.context import Context
-from spin_reg.fit import FitSpec, Metrics, batches, fit
-from spin_reg.logprobs import collate, sequence_logprobs
+from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.losses import LOSSES, log_ratio_difference
+from spin_reg.packing import Group, cut, sums
+from spin_reg.scorer import Scorer
 from spin_reg.settings import LengthNorm, Loss
 from spin_reg.specs import TrainSpec, generated_role, real_role
 from spin_reg.tables import Row
@@ -30,18 +30,22 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
     accelerator = iterates.accelerator(spec.hardware)
     both = zip(tables.column("example_id", path), tables.column("sampled_from", path), strict=True)
     names = [f"{example_id} {sampled_from}" for example_id, sampled_from in both]
+    prompts, real, generated = (tables.lengths(f"{kind}_ids", path) for kind in ("prompt", "real", "generated"))
 
-    def loss(model: PreTrainedModel, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
-        terms = pair_terms(model, [rows[i] for i in picked], spec.loss, spec.beta, accelerator.device)
+    def loss(scorer: Scorer, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
+        terms = pair_terms(scorer, [rows[i] for i in picked], spec.loss, spec.beta)
         sums = {key: values.detach().sum().item() for key, values in terms.items()}
         return terms["loss"].sum(), {key: sums[key] for key in METRICS}
 
     metrics = fit(
         loaded.model,
         batches(names, seed=spec.seed, iteration=spec.t, epochs=spec.epochs, size=spec.batch_size),
-        loss,
-        weight=lambda picked: float(len(picked)),
-        name=lambda i: names[i],
+        Task(
+            loss,
+            weight=lambda picked: float(len(picked)),
+            name=lambda i: names[i],
+            slots=lambda i: prompts[i] + real[i] + generated[i] - 2,
+        ),
         spec=FitSpec(
             learning_rate=spec.learning_rate,
             optimizer=spec.optimizer,
@@ -49,6 +53,7 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
             warmup_ratio=spec.warmup_ratio,
             weight_decay=spec.weight_decay,
             max_grad_norm=spec.max_grad_norm,
+            batch_tokens=spec.hardware.batch_tokens,
             micro_batch_size=spec.hardware.micro_batch_size,
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
@@ -58,26 +63,25 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
         accelerator=accelerator,
         out=out,
         context=context,
-        before=lambda model: self_check(model, spec, inputs, rows, out, accelerator.device),
+        before=lambda scorer: self_check(scorer, spec, inputs, rows, out),
         after=lambda: iterates.save(loaded, out, base),
     )
     durable.write_jsonl(out / "metrics.jsonl", metrics)
 
 
-def pair_terms(
-    model: PreTrainedModel, rows: Sequence[Row], loss: Loss, beta: float, device: torch.device
-) -> dict[str, Tensor]:
+def pair_terms(scorer: Scorer, rows: Sequence[Row], loss: Loss, beta: float) -> dict[str, Tensor]:
     """Each pair's loss, margin, accuracy and log-probs of its answers: (B,) float64 each, nats; `loss` has the grad."""
-    prompts = [row["prompt_ids"] for row in rows]
-    answers = [row["real_ids"] for row in rows] + [row["generated_ids"] for row in rows]
-    batch = collate(prompts + prompts, answers).to(device)
-    real, generated = sequence_logprobs(model, batch).chunk(2)
+    groups = pair_groups(rows)
+    logprobs = sums(scorer(groups), groups)
+    real, generated = logprobs.view(-1, 2).unbind(dim=1)
     reference = [
-        torch.tensor([row[f"reference_{kind}_logprob"] for row in rows], dtype=torch.float64, device=device)
+        torch.tensor([row[f"reference_{kind}_logprob"] for row in rows], dtype=torch.float64, device=logprobs.device)
         for kind in ("real", "generated")
     ]
-    counts = batch.response_mask.sum(dim=-1).chunk(2)
-    lengths = (counts[0], counts[1]) if loss.length_norm is LengthNorm.mean else None
+    lengths = None
+    if loss.length_norm is LengthNorm.mean:
+        counts = torch.tensor(packing.lengths(groups), device=logprobs.device).view(-1, 2)
+        lengths = (counts[:, 0], counts[:, 1])
     delta = log_ratio_difference(real, generated, reference[0], reference[1], lengths)
     return {
         "loss": LOSSES[loss.name](delta, beta),
@@ -88,14 +92,12 @@ def pair_terms(
     }
 
 
-def self_check(
-    model: PreTrainedModel,
-    spec: TrainSpec,
-    inputs: dict[str, Path],
-    rows: Sequence[Row],
-    out: Path,
-    device: torch.device,
-) -> None:
+def pair_groups(rows: Sequence[Row]) -> list[Group]:
+    """Each pair as a prompt with its real and its generated answer."""
+    return [Group(row["prompt_ids"], (row["real_ids"], row["generated_ids"])) for row in rows]
+
+
+def self_check(scorer: Scorer, spec: TrainSpec, inputs: dict[str, Path], rows: Sequence[Row], out: Path) -> None:
     """Compare the first rows' log-probs and margins with the tables, and keep what was found in selfcheck.json.
 
     Raises:
@@ -104,12 +106,11 @@ def self_check(
 
     @torch.no_grad()
     def terms(some: Sequence[Row]) -> dict[str, Tensor]:
-        size = spec.hardware.micro_batch_size
-        parts = [
-            pair_terms(model, some[start : start + size], spec.loss, spec.beta, device)
-            for start in range(0, len(some), size)
-        ]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        slots = [group.slots for group in pair_groups(some)]
+        batches = cut(slots, tokens=spec.hardware.batch_tokens, most=spec.hardware.micro_batch_size)
+        parts = [pair_terms(scorer, [some[i] for i in picked], spec.loss, spec.beta) for picked in batches]
+        back = torch.tensor([i for picked in batches for i in picked]).argsort()
+        return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
 
     t, reference = spec.t, opponents.from_json(spec.reference)
     real = {k: join.scores(inputs[real_role(k)]) for k in opponents.support(reference) | {t}}

@@ -1,0 +1,168 @@
+"""A policy as a module from answers to their log-probs: the one door through which scoring and training go."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from spin_reg.logprobs import collate, token_logprobs
+from spin_reg.packing import Group, Packed, pack, visible
+from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
+
+MASKED = ("eager", "sdpa")  # attention that takes a mask of every pair of slots
+log = logging.getLogger(__name__)
+_found: dict[str, bool] = {}  # what `reads_packed` found, by architecture
+
+
+class Scorer(nn.Module):
+    """log pi(y_j | x, y_<j) of answers that share prompts.
+
+    Packed where the model reads such rows as it reads plain ones (`reads_packed`); else by the plain path, a prompt
+    with each of its answers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.packs = reads_packed(model)
+
+    def forward(self, groups: Sequence[Group]) -> Tensor:
+        """(n,) float32 nats: the tokens of all answers, in the order of groups and answers."""
+        if self.packs and max(group.slots for group in groups) < _window(self.model):
+            return packed_logprobs(self.model, pack(groups, self.model.device))
+        prompts = [group.prompt for group in groups for _ in group.answers]
+        answers = [answer for group in groups for answer in group.answers]
+        batch = collate(prompts, answers).to(self.model.device)
+        return token_logprobs(self.model, batch)[batch.response_mask]
+
+
+def packed_logprobs(model: PreTrainedModel, packed: Packed) -> Tensor:
+    """The log-probs of `Scorer.forward` in one pass over packed rows; logits are made of the slots that need them."""
+    inner = _inner(model)
+    if packed.causal:  # what stands to the right is not seen anyway, so nothing of a row needs a mask
+        mask = torch.ones_like(packed.input_ids)
+    else:
+        seen = visible(packed.branch)
+        dtype = inner.get_input_embeddings().weight.dtype
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    hidden = inner.base_model(
+        input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
+    ).last_hidden_state
+    head = inner.get_output_embeddings()
+    weight: Tensor = head.weight
+    states = hidden.flatten(0, 1).index_select(0, packed.before)
+    if torch.is_autocast_enabled(states.device.type):
+        low = torch.get_autocast_dtype(states.device.type)
+        states, weight = states.to(low), weight.to(low)
+    head_logprobs: Callable[..., Tensor] = _HeadLogprobs.apply
+    return head_logprobs(states, weight, head.bias, packed.targets)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    """log softmax(h W' + b)[target] row by row, so many rows at a time that logits of all never are in memory.
+
+    With p the softmax and g the gradient of a row's log-prob, that of its logits is g (onehot(target) - p).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        needed = any(ctx.needs_input_grad)
+        keeps = needed and targets.numel() * weight.shape[0] <= LOGITS_KEPT
+        ctx.bias, ctx.kept = bias, [] if keeps else None
+        made, normalisers = [], []
+        for rows in _chunks(targets, weight):
+            logits = linear(states[rows], weight, bias).float()
+            normaliser = logits.logsumexp(dim=-1)
+            made.append(logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1) - normaliser)
+            normalisers.append(normaliser)
+            if keeps:
+                ctx.kept.append(logits.to(states.dtype))
+        if needed:
+            ctx.save_for_backward(states, weight, targets, torch.cat(normalisers))
+        return torch.cat(made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        states, weight, targets, normalisers = ctx.saved_tensors
+        to_states, to_weight, to_bias, _ = ctx.needs_input_grad
+        of_states = torch.empty_like(states) if to_states else None
+        of_weight = torch.zeros_like(weight) if to_weight else None
+        of_bias = torch.zeros_like(ctx.bias) if to_bias else None
+        for i, rows in enumerate(_chunks(targets, weight)):
+            logits = linear(states[rows], weight, ctx.bias) if ctx.kept is None else ctx.kept[i]
+            if ctx.kept is not None:
+                ctx.kept[i] = None  # overwritten below where it is float32
+            scale = grad[rows].unsqueeze(1)
+            slope = logits.float().sub_(normalisers[rows].unsqueeze(1)).exp_().mul_(-scale)
+            slope.scatter_add_(1, targets[rows].unsqueeze(1), scale)
+            if of_bias is not None:
+                of_bias += slope.sum(dim=0)
+            slope = slope.to(states.dtype)
+            if of_states is not None:
+                of_states[rows] = slope @ weight
+            if of_weight is not None:
+                of_weight.addmm_(slope.T, states[rows])
+        return of_states, of_weight, of_bias, None
+
+
+def _chunks(targets: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    return [slice(start, start + size) for start in range(0, targets.numel(), size)]
+
+
+def _inner(model: Any) -> Any:
+    """The causal language model itself, under an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _window(model: nn.Module) -> float:
+    """Slots up to which a token sees all that stands before it: some architectures look back only so far."""
+    config = _inner(model).config
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((window for window in windows if window), default=math.inf)
+
+
+def reads_packed(model: nn.Module) -> bool:
+    """Whether a model reads packed rows as it reads plain ones: tried out once for every architecture.
+
+    It must take a mask (`MASKED`) and positions, see nothing of another branch, and make its logits by one plain linear
+    layer from its last states. Models with state spaces, biases by distance, or scaled or capped logits do not.
+    """
+    inner = _inner(model)
+    head = inner.get_output_embeddings()
+    if inner.config._attn_implementation not in MASKED or type(head) is not nn.Linear:
+        return False
+    kept = f"{type(inner).__name__} {head.weight.dtype} {inner.device.type} {inner.config.to_json_string()}"
+    if kept not in _found:
+        _found[kept] = _tried(model)
+        if not _found[kept]:
+            log.info(
+                "%s does not read prompts with several answers: each answer is read by itself", type(inner).__name__
+            )
+    return _found[kept]
+
+
+@torch.no_grad()
+def _tried(model: nn.Module) -> bool:
+    """Packed rows give what plain ones give, and another branch's tokens change nothing at all."""
+    coarse = next(model.parameters()).dtype != torch.float32
+    groups = [Group([1, 2, 3], ([4, 5], [6, 1, 2])), Group([2], ([3, 3, 4, 5, 1],)), Group([5, 4], ([1], [2, 6, 3]))]
+    other = [Group([1, 2, 3], ([6, 5], [6, 1, 2])), *groups[1:]]
+    if max(group.slots for group in groups) >= _window(model):
+        return False
+    try:
+        packed, moved = (packed_logprobs(model, pack(rows, _inner(model).device)) for rows in (groups, other))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        log.info("packed rows were refused: %s", error)
+        return False
+    prompts = [group.prompt for group in groups for _ in group.answers]
+    batch = collate(prompts, [answer for group in groups for answer in group.answers])
+    plain = token_logprobs(model, batch.to(_inner(model).device))[batch.response_mask]
+    near = bool((packed - plain).abs().max() <= (0.5 if coarse else 1e-4))
+    return near and torch.equal(packed[2:], moved[2:])

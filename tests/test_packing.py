@@ -1,0 +1,193 @@
+"""Packed rows give what every answer gives read by itself: log-probs, gradients, over families of models."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_families import FAMILIES, SHAPE, WINDOW
+from torch import Tensor, nn
+from transformers import BloomConfig, CohereConfig, Gemma2Config, MambaConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from spin_reg import scorer
+from spin_reg.logprobs import collate, token_logprobs
+from spin_reg.packing import Group, cut, lengths, pack, sums, visible
+from spin_reg.scorer import Scorer, reads_packed
+
+GROUPS = [
+    Group([1, 2, 3], ([4, 5, 39], [6, 1, 2, 7, 8])),
+    Group([9], ([3, 39],)),
+    Group(list(range(4, 17)), ([1], [2, 6, 3, 39], [7] * 6)),
+    Group([5, 5], ([39],)),
+]
+FAR = 64  # a window that none of the groups fills
+
+
+def build(name: str, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    config = FAMILIES[name]()
+    if getattr(config, "sliding_window", None) == WINDOW:
+        config.sliding_window = FAR
+    config._attn_implementation = attention
+    torch.manual_seed(0)
+    model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return model.to(dtype).eval()
+
+
+def plain(model: nn.Module, groups: Sequence[Group]) -> Tensor:
+    """Every answer read by itself, without companions or padding: the reference."""
+    return torch.cat([token_logprobs(model, collate([g.prompt], [answer]))[0] for g in groups for answer in g.answers])
+
+
+every_family = pytest.mark.parametrize(
+    ("name", "attention"), [(n, a) for n in FAMILIES for a in ("eager", "sdpa") if (n, a) != ("gemma2", "sdpa")]
+)
+
+
+@every_family
+def test_packed_rows_are_plain_ones(name: str, attention: str) -> None:
+    """To 1e-5 a token in float32. Gemma 2 caps its logits, so it is read the plain way, and agrees as well."""
+    model = build(name, attention)
+    policy = Scorer(model)
+    assert policy.packs == (name != "gemma2")
+    with torch.no_grad():
+        assert (policy(GROUPS) - plain(model, GROUPS)).abs().max() < 1e-5
+        single = [Group(g.prompt, g.answers[:1]) for g in GROUPS]
+        assert (policy(single) - plain(model, single)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_gradients_are_those_of_plain_rows(name: str) -> None:
+    """Of a loss that weights every token differently; also where logits are made again for the gradient."""
+    model = build(name, "sdpa")
+    weights = torch.linspace(-1, 2, sum(len(a) for g in GROUPS for a in g.answers))
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad((plain(model, GROUPS) * weights).sum(), parameters)
+    for kept, chunk in ((2**27, 2**24), (0, 3 * 40), (2**27, 3 * 40)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scorer, "LOGITS_KEPT", kept)
+            patch.setattr(scorer, "LOGITS_AT_ONCE", chunk)
+            found = torch.autograd.grad((Scorer(model)(GROUPS) * weights).sum(), parameters)
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+def test_the_head_is_differentiated_as_torch_would() -> None:
+    """With a bias, against autograd in double precision; frozen weights get no gradient."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(7, 5, dtype=torch.double), torch.randn(11, 5, dtype=torch.double)
+    bias, targets, g = torch.randn(11, dtype=torch.double), torch.randint(11, (7,)), torch.randn(7)
+    leaves = [x.requires_grad_() for x in (states, weight, bias)]
+    reference = torch.nn.functional.linear(*leaves).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    wanted = torch.autograd.grad((reference * g).sum(), leaves)
+    low = [x.detach().float().requires_grad_() for x in leaves]
+    found = torch.autograd.grad((scorer._HeadLogprobs.apply(*low, targets) * g).sum(), low)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    made = scorer._HeadLogprobs.apply(low[0], low[1].detach(), None, targets)
+    (alone,) = torch.autograd.grad((made * g).sum(), [low[0]])
+    reference = (leaves[0] @ leaves[1].T).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(
+        alone.double(), torch.autograd.grad((reference * g).sum(), leaves[0])[0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_bfloat16_moves_log_probs_by_rounding_alone() -> None:
+    """Weights in bfloat16, and autocast over float32 weights: near the plain path of the same arithmetic."""
+    low = build("llama", "sdpa", torch.bfloat16)
+    with torch.no_grad():
+        assert Scorer(low).packs
+        assert (Scorer(low)(GROUPS) - plain(low, GROUPS)).abs().max() < 0.1
+        model = build("llama", "sdpa")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, wanted = Scorer(model)(GROUPS), plain(model, GROUPS)
+        assert found.dtype == torch.float32 and (found - wanted).abs().max() < 0.1
+        assert not torch.equal(found, Scorer(model)(GROUPS))
+
+
+OTHERS = {
+    "scaled logits": lambda: CohereConfig(**SHAPE, logit_scale=0.5),
+    "capped logits": lambda: Gemma2Config(**SHAPE, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=2.0),
+    "a state space": lambda: MambaConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=4, bos_token_id=None, pad_token_id=None
+    ),
+    "biases by distance": lambda: BloomConfig(vocab_size=40, hidden_size=32, n_layer=2, n_head=4),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_models_that_read_packed_rows_otherwise_are_found_out(what: str) -> None:
+    config = OTHERS[what]()
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # so that what is read otherwise shows
+    assert not reads_packed(model)
+
+
+def test_rows_longer_than_a_window_are_read_the_plain_way() -> None:
+    config = FAMILIES["mistral"]()
+    config.sliding_window, config._attn_implementation = 10, "sdpa"
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    policy = Scorer(model)
+    assert policy.packs and max(g.slots for g in GROUPS) > 10 > GROUPS[0].slots
+    with torch.no_grad():
+        for groups in (GROUPS, GROUPS[:2]):
+            assert (policy(groups) - plain(model, groups)).abs().max() < 1e-5
+        assert (scorer.packed_logprobs(model, pack(GROUPS)) - plain(model, GROUPS)).abs().max() > 1e-3
+
+
+def test_a_prompt_is_read_once_and_no_logits_are_made_but_those_that_are_read() -> None:
+    model, seen = build("llama", "sdpa"), []
+    handle = model.model.register_forward_hook(
+        lambda m, args, kwargs, out: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    policy = Scorer(model)
+    seen.clear()
+    with torch.no_grad():
+        policy(GROUPS)
+    handle.remove()
+    (ids,) = seen
+    assert ids.shape == (4, max(g.slots for g in GROUPS))
+    assert ids[2, :13].tolist() == GROUPS[2].prompt and ids[2].tolist().count(16) == 1
+
+
+def test_a_slot_sees_its_prompt_and_its_branch() -> None:
+    (seen,) = visible(pack(GROUPS[:1]).branch)[0]
+    #   x  x  x  a  a  b  b  b  b
+    rows = ["x........", "xx.......", "xxx......", "xxxx.....", "xxxxx....",
+            "xxx..x...", "xxx..xx..", "xxx..xxx.", "xxx..xxxx"]  # fmt: skip
+    assert ["".join("x" if s else "." for s in row) for row in seen.tolist()] == rows
+    positions = pack(GROUPS[:1]).position_ids
+    assert positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6]]
+
+
+def test_sums_are_those_of_answers() -> None:
+    counts = lengths(GROUPS)
+    logprobs = torch.randn(sum(counts))
+    wanted = [math.fsum(part.tolist()) for part in logprobs.split(counts)]
+    assert len(wanted) == 7 and sums(logprobs, GROUPS).tolist() == pytest.approx(wanted, abs=1e-12)
+    assert pack(GROUPS).targets.tolist() == list(itertools.chain(*(a for g in GROUPS for a in g.answers)))
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120), st.none() | st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_batches_hold_every_row_once_and_no_more_than_they_may(slots: list[int], tokens: int, most: int | None) -> None:
+    batches = cut(slots, tokens=tokens, most=most)
+    assert sorted(itertools.chain(*batches)) == list(range(len(slots)))
+    for rows in batches:
+        assert len(rows) <= (most or len(slots))
+        assert len(rows) == 1 or len(rows) * max(slots[i] for i in rows) <= tokens
+    flat = [slots[i] for i in itertools.chain(*batches)]
+    assert flat == sorted(flat)
+
+
+@pytest.mark.parametrize("group", [Group([], ([1],)), Group([1], ([],)), Group([1], ())])
+def test_nothing_empty_is_scored(group: Group) -> None:
+    with pytest.raises(AssertionError):
+        pack([group])

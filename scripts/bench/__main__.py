@@ -53,19 +53,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--more-epochs", type=int, default=2, help="of the run that a step's time is from; 0: none")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gemm-seconds", type=float, default=0.5, help="of each matrix product probe")
-    parser.add_argument("--quick", action="store_true", help=" ".join(f"{k}={v}" for k, v in QUICK.items()))
+    parser.add_argument(
+        "--quick", action="store_true", help="less, where not said: " + ", ".join(f"{k} {v}" for k, v in QUICK.items())
+    )
     parser.add_argument("--json", type=Path, help="all that was measured goes here, after every repeat")
     parser.add_argument("--table", type=Path, help="only print the tables of such a file")
+    if parser.parse_args().quick:
+        parser.set_defaults(**QUICK)
     args = parser.parse_args()
-    if args.quick:
-        vars(args).update(QUICK)
     args.micro = args.micro or args.batch
     if args.batch % args.micro:
         parser.error("--batch must be a multiple of --micro")
     return args
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def sums(path: Path, count: int) -> None:
@@ -84,7 +91,7 @@ def options(args: argparse.Namespace) -> Raw:
 def machine(args: argparse.Namespace) -> Raw:
     """What the numbers hang on: machine, versions, thread count, commit."""
     found: Raw = {"platform": platform.platform(), "python": platform.python_version(), "threads": args.threads}
-    found["cores"] = len(os.sched_getaffinity(0))
+    found["cores"] = cores()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         found["processor"] = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -19,12 +19,17 @@ def ours(args: argparse.Namespace, scratch: Path, outputs: Path, epochs: int) ->
         *(f"dataset.num_prompts={args.prompts}", "dataset.num_heldout=1", "dataset.max_dropped=1"),
         *("regularizer=none", "evaluation=none", "tracker=none", "schedule.iterations=1"),
         *(f"schedule.epochs={epochs}", f"schedule.batch_size={args.batch}", "schedule.optimizer=adamw"),
-        *(f"schedule.learning_rate={LEARNING_RATE}", f"schedule.beta={BETA}", "schedule.save_every=1000000"),
+        *(
+            f"schedule.learning_rate={LEARNING_RATE}",
+            f"schedule.beta={BETA}",
+            "schedule.save_every=1000000",
+            "schedule.warmup_ratio=0",
+        ),
         *(f"generation.max_new_tokens={args.new_tokens}", f"generation.batch_size={args.sample_batch}"),
         *(f"hardware.micro_batch_size={args.micro}", f"hardware.score_batch_size={2 * args.micro}"),
         *(f"hardware.precision={args.precision}", f"hardware.threads={args.threads}"),
         *(f"hardware.gradient_checkpointing={str(args.checkpointing).lower()}", f"outputs={outputs}"),
-        f"run_name=epochs{epochs}",
+        "run_name=run",
     ]
 
 
@@ -42,18 +47,18 @@ class Bench:
     def spin_reg(self, *words: str, code: int = 0) -> children.Ended:
         return self.child("-m", "spin_reg", *words, code=code)
 
-    def outputs(self, number: int) -> Path:
-        return self.scratch / f"outputs{number}"
+    def outputs(self, number: int, epochs: int) -> Path:
+        return self.scratch / f"outputs{number}-{epochs}"
 
     def train(self, number: int, epochs: int) -> Raw:
         """Our command; rows by part. The first one's pairs are what every peer gets."""
-        outputs = self.outputs(number)
+        outputs = self.outputs(number, epochs)
         ended = self.spin_reg("train", *ours(self.args, self.scratch, outputs, epochs))
-        stages = arithmetic.took((outputs / f"epochs{epochs}" / "run.log").read_text())
+        stages = arithmetic.took((outputs / "run" / "run.log").read_text())
         if self.pairs is None:
-            self.pairs = outputs / f"epochs{epochs}" / "iteration-00" / "pairs.parquet"
+            self.pairs = outputs / "run" / "iteration-00" / "pairs.parquet"
             self.lengths = lengths(self.pairs)
-        lines = (outputs / f"epochs{epochs}" / "metrics.jsonl").read_text().splitlines()
+        lines = (outputs / "run" / "metrics.jsonl").read_text().splitlines()
         losses = [json.loads(line)["train/loss"] for line in lines]
         loss = sum(losses) / len(losses)
         return {"stages": stages, "seconds": ended.seconds, "peak": ended.peak, "loss": loss}
@@ -68,7 +73,10 @@ class Bench:
         }
 
     def step(self, number: int, once: Raw) -> Raw:
-        """A step of ours, from the training stages of the iteration and of a run with more epochs on its pairs."""
+        """A step of ours, from the training stages of the iteration and of the same with more epochs.
+
+        That one makes all its stages itself: a run that took them over would import its libraries while it trains.
+        """
         longer = self.train(number, self.args.epochs + self.args.more_epochs)
         stage = "iteration-00/train"
         extra = longer["stages"][stage]["seconds"] - once["raw"]["stages"][stage]["seconds"]
@@ -143,7 +151,7 @@ class Bench:
 
     def overheads(self) -> dict[str, list[float]]:
         """Wall seconds of commands that compute nothing, each as often as there are repeats."""
-        words = ours(self.args, self.scratch, self.outputs(0), self.args.epochs)
+        words = ours(self.args, self.scratch, self.outputs(0, self.args.epochs), self.args.epochs)
         hundred = [*(w for w in words if not w.startswith(("schedule.iterations", "run_name"))), "run_name=hundred"]
         commands: dict[str, tuple[list[str], int]] = {
             "--help": (["--help"], 0),

@@ -20,7 +20,9 @@ def test_the_tree_names_every_module_and_only_those() -> None:
     top = set(re.findall(r"^(\w+)/", tree, flags=re.M))
     assert top == {"conf", "docs", "outputs", "scripts", "tests", "spin_reg"}
     assert all((ROOT / name).is_dir() for name in top)
-    scripts = {p.name for p in (ROOT / "scripts").glob("*.py")}
+    scripts = {p.name for p in (ROOT / "scripts").glob("*.py")} | {
+        f"{p.parent.name}/" for p in (ROOT / "scripts").glob("*/__main__.py")
+    }
     assert all(script in tree for script in scripts)
 
 

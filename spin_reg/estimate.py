@@ -9,7 +9,7 @@ from spin_reg.corpora import Dataset
 from spin_reg.plan import Stage
 from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize
 from spin_reg.space import BYTES, SLOTS, human
-from spin_reg.specs import GenerateSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec
+from spin_reg.specs import GenerateSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec, answers_role
 
 QUANTIZED = {Quantize.none: None, Quantize.nf4: 0.55, Quantize.int8: 1.05}  # bytes a weight, with their scales
 
@@ -71,17 +71,13 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
     """
     drawn = scored = trained = pairs = 0
     for stage in todo:
-        spec, needs = stage.spec, stage.needs
+        spec = stage.spec
         if isinstance(spec, GenerateSpec):
             share = 1.0 if spec.draw is None else _share(spec.draw.samplers[-1], spec.k)
             drawn += round(rows[spec.split] * share) * spec.max_new_tokens
         elif isinstance(spec, ScoreSpec):
-            answers = needs.get("answers")
-            share = 1.0
-            if answers is not None and isinstance(answers.spec, GenerateSpec) and answers.spec.draw is not None:
-                share = _share(answers.spec.draw.samplers[-1], answers.spec.k)
             some = rows[spec.split] if spec.first is None else min(spec.first, rows[spec.split])
-            scored += round(some * share) * _longest(stage)
+            scored += _scored(stage, spec, some)
         elif isinstance(spec, SftSpec):
             trained += spec.sft.epochs * (rows[Split.train] + rows.get(Split.retained_train, 0)) * _longest(stage)
         elif isinstance(spec, TrainSpec):
@@ -89,6 +85,18 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
             pairs += made
             trained += made * (2 * _longest(stage) - _dataset(stage).max_prompt_tokens)  # the prompt is read once
     return Work(drawn, scored, trained, pairs)
+
+
+def _scored(stage: Stage, spec: ScoreSpec, prompts: int) -> int:
+    """Tokens that a score stage reads of so many prompts: each prompt once, with the answers that are dealt to it."""
+    shares = [1.0] if spec.real else []
+    for j in spec.window:
+        made = stage.needs[answers_role(j)].spec
+        drawn = made.draw if isinstance(made, GenerateSpec) else None
+        shares.append(1.0 if drawn is None else _share(drawn.samplers[-1], j))
+    data = _dataset(stage)
+    read = 1.0 if spec.real else min(1.0, sum(shares))
+    return round(prompts * (read * data.max_prompt_tokens + sum(shares) * data.max_response_tokens))
 
 
 def _share(sampler: Sequence[tuple[int, float]], k: int) -> float:
@@ -158,8 +166,9 @@ def _working(
         rows, length = spec.generation.batch_size, data.max_prompt_tokens + spec.max_new_tokens
         return rows * (length * widths.layers * 2 * widths.cached * b + 12 * widths.vocabulary)
     if isinstance(spec, ScoreSpec):
-        tokens, answers = _at_once(hardware.batch_tokens, longest, hardware.score_batch_size), response
-        logits = tokens * answers // longest * widths.vocabulary
+        answers = spec.most * response
+        tokens = _at_once(hardware.batch_tokens, longest - response + answers, hardware.score_batch_size)
+        logits = tokens * answers // (longest - response + answers) * widths.vocabulary
         return a * tokens * layer + 8 * min(logits, sizes.LOGITS_AT_ONCE)
     pair = longest + response if isinstance(spec, TrainSpec) else longest
     tokens = _at_once(hardware.batch_tokens, pair, hardware.micro_batch_size)

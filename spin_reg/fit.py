@@ -85,7 +85,7 @@ def _optimizer(model: PreTrainedModel, spec: FitSpec) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]  # of a model with an adapter, the adapter alone
     if spec.optimizer is Optimizer.rmsprop:
         return torch.optim.RMSprop(trained, lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    return torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return torch.optim.AdamW(trained, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
 
 
 def _checkpointing(model: PreTrainedModel, what: str) -> Callable[..., None]:

@@ -24,9 +24,14 @@ class Pair:
     reference_generated: float
 
 
-def scores(folder: Path) -> dict[str, float]:
-    """The log-probs of a scores table by example_id: nats, sums over the answer's tokens."""
-    return tables.numbers_by_id("logprob", folder / "scores.parquet")
+def scores(folder: Path, j: int | None) -> dict[str, float]:
+    """The log-probs of iterate j's answers (None: of the real ones) by example_id: nats, sums over their tokens."""
+    return tables.numbers_by_id("logprob", folder / "scores.parquet", {"sampled_from": j})
+
+
+def token_logprobs(folder: Path, j: int | None) -> tables.ById:
+    """The same for every token: rows with `token_logprobs` by example_id; of held-out answers alone."""
+    return tables.ById(folder / "scores.parquet", ["token_logprobs"], {"sampled_from": j})
 
 
 def pairs(spec: PairsSpec, inputs: Mapping[str, Path], split: Split) -> Iterator[Pair]:
@@ -38,9 +43,9 @@ def pairs(spec: PairsSpec, inputs: Mapping[str, Path], split: Split) -> Iterator
     reference = opponents.from_json(spec.reference)
     examples = tables.read(inputs["data"] / f"{split}.parquet")
     answers = {j: tables.ById(inputs[answers_role(j)] / "answers.parquet") for j in spec.window}
-    real = {k: scores(inputs[real_role(k)]) for k in opponents.support(reference)}
+    real = {k: scores(inputs[real_role(k)], None) for k in opponents.support(reference)}
     generated = {
-        j: {k: scores(inputs[generated_role(k, j)]) for k in opponents.scorers(reference, j)} for j in spec.window
+        j: {k: scores(inputs[generated_role(k, j)], j) for k in opponents.scorers(reference, j)} for j in spec.window
     }
     for example in examples:
         for j in _answerers(spec.window, spec.draw, example["example_id"]):

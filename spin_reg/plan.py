@@ -1,6 +1,6 @@
 """The plan: a pure function from settings to the list of stages, each after what it needs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -70,8 +70,9 @@ class Stage:
 CHECKED = 16  # examples whose log-probs are stored for the self-check alone
 
 
-def _of_first(first: int | None) -> str:
-    return "" if first is None else f"-first-{first}"
+def _brings(k: int, answers: Stage) -> bool:
+    """Whether a stage holds iterate k's log-probs beside its answers."""
+    return isinstance(answers.spec, GenerateSpec) and answers.spec.k == k and answers.spec.scored
 
 
 def plan(config: Config, sources: Sources) -> list[Stage]:
@@ -108,6 +109,7 @@ class _Builder:
         self.config, self.sources = config, sources
         self.policy = policy(config)
         self.stages: dict[str, Stage] = {}
+        self.scores: dict[tuple[int, str], Stage] = {}  # what is read together, by iterate and what is scored
 
     def _add(self, name: str, spec: Spec, needs: Mapping[str, Stage], folder: str | None = None) -> Stage:
         return self.stages.setdefault(name, Stage(name, folder or name, spec, needs))
@@ -225,30 +227,45 @@ class _Builder:
         return self._generate(k, Split.heldout, k, None, plain=plain)
 
     def real(self, k: int, split: Split, first: int | None = None) -> Stage:
-        """Iterate k's log-probs of the real answers of a split."""
-        c = self.config
-        spec = ScoreSpec(k=k, split=split, j=None, draw=None, first=first, policy=self.policy, hardware=c.hardware)
-        name = f"iterate-{k:02d}/scores/{split}-real" + _of_first(first)
-        return self._add(name, spec, {"data": self.data(), "model": self.iterate(k)})
+        """The stage that holds iterate k's log-probs of the real answers of a split."""
+        return self.scores.get((k, split)) or self._score(k, split, [], real=True, first=first)
 
     def generated(self, k: int, answers: Stage, first: int | None = None) -> Stage:
-        """Iterate k's log-probs of the answers of another stage.
+        """The stage that holds iterate k's log-probs of the answers of another stage.
 
         An iterate has those of its own answers from drawing them, where they are the same (`GenerateSpec.scored`).
-        Under `reuse` an older iterate's answers are scored only where a newer scorer k still trains on them.
         """
-        made = answers.spec
-        assert isinstance(made, AnswersSpec)
-        if isinstance(made, GenerateSpec) and made.scored and made.k == k:
-            return answers
-        reused = made.split is Split.train and self._opponent(k).pairs is Pairs.reuse and k > made.k
-        draw, c = self._draw(k) if reused else None, self.config
+        assert isinstance(answers.spec, AnswersSpec)
+        known = answers if _brings(k, answers) else self.scores.get((k, answers.name))
+        return known or self._score(k, answers.spec.split, [answers], real=False, first=first)
+
+    def together(self, k: int, split: Split, answers: Sequence[Stage], *, real: bool) -> None:
+        """Have iterate k read each prompt once with all these answers, and the real one, as training reads pairs."""
+        left = [stage for stage in answers if not _brings(k, stage)]
+        if left and real:
+            stage = self._score(k, split, left, real=True)
+            self.scores |= {(k, split): stage} | {(k, scored.name): stage for scored in left}
+
+    def _score(self, k: int, split: Split, answers: Sequence[Stage], *, real: bool, first: int | None = None) -> Stage:
+        """Under `reuse` older iterates' answers are scored only where the newer scorer k still trains on them."""
+        c, made = self.config, {stage.spec.k: stage for stage in answers if isinstance(stage.spec, AnswersSpec)}
+        window = tuple(sorted(made, reverse=True))
+        reused = split is Split.train and self._opponent(k).pairs is Pairs.reuse and any(j < k for j in window)
         spec = ScoreSpec(
-            k=k, split=made.split, j=made.k, draw=draw, first=first, policy=self.policy, hardware=c.hardware
+            k=k,
+            split=split,
+            real=real,
+            window=window,
+            draw=self._draw(k) if reused else None,
+            first=first,
+            policy=self.policy,
+            hardware=c.hardware,
         )
-        folder, _, tail = answers.name.partition("/answers/")
-        name = f"iterate-{k:02d}/scores/{tail}-from-{folder.removeprefix('iterate-')}" + _of_first(first)
-        return self._add(name, spec, {"data": self.data(), "model": self.iterate(k), "answers": answers})
+        tails = [made[j].name.partition("/answers/")[2] for j in window]
+        name = f"iterate-{k:02d}/scores/{(tails or [split])[0]}" + ("-real" if real else "")
+        name += "".join(f"-from-{j:02d}" for j in window) + ("" if first is None else f"-first-{first}")
+        needs = {"data": self.data(), "model": self.iterate(k)}
+        return self._add(name, spec, needs | {answers_role(j): made[j] for j in window})
 
     def _game(self, t: int, split: Split) -> tuple[PairsSpec, dict[str, Stage]]:
         """What iteration t plays on a split: the spec of its pairs, and the stages they are joined from."""
@@ -271,6 +288,9 @@ class _Builder:
         name = f"iteration-{t:02d}/pairs"
         if name in self.stages:
             return self.stages[name]
+        reference, window = self._opponent(t).reference, self._opponent(t).window
+        answers = [self.answers(j, t) for j in reversed(window) if t in opponents.scorers(reference, j)]
+        self.together(t, Split.train, answers, real=t in opponents.support(reference))
         spec, needs = self._game(t, Split.train)
         return self._add(name, spec, needs, folder=f"iteration-{t:02d}")
 
@@ -280,6 +300,8 @@ class _Builder:
         if not c.evaluation.enabled:
             return
         own = self.heldout_answers(k, plain=True)
+        others = [self.heldout_answers(j) for j in self._opponent(k - 1).window] if k > 0 else []
+        self.together(k, Split.heldout, [own, *others], real=True)
         needs = {"data": self.data(), "model": self.iterate(k), "own": own, "own_scores": self.generated(k, own)}
         needs[real_role(k)] = self.real(k, Split.heldout)
         if isinstance(c.dataset, Toy):

@@ -143,7 +143,7 @@ def _table(stage: Stage, rows: Mapping[Split, int]) -> int:
         scored = spec.scored if isinstance(spec, GenerateSpec) else False
         return rows[spec.split] * (ROW + TOKEN * spec.max_new_tokens + scored * _score(spec.split, spec.max_new_tokens))
     if isinstance(spec, ScoreSpec):
-        return (spec.first or rows[spec.split]) * _score(spec.split, response)
+        return spec.most * (spec.first or rows[spec.split]) * _score(spec.split, response)
     if isinstance(spec, PairsSpec):
         answers = 1 if spec.draw is not None else len(spec.window)
         return rows[Split.train] * answers * (ROW + TOKEN * (prompt + 2 * response))

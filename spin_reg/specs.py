@@ -141,9 +141,11 @@ class PublishedSpec(Kept):
 
 @dataclass(frozen=True)
 class ScoreSpec(Kept):
-    """Log-probs under iterate k: of a split's real answers, or of answers of iterate `j` (where `draw` deals so).
+    """Log-probs under iterate k of answers to a split's prompts, read together where a prompt has several.
 
-    `first`: only those of the first so many examples.
+    Attributes:
+        real: the real answers are among them. window: the iterates whose answers are.
+        draw: of those, only the answers that it deals. first: only those to the first so many prompts.
     """
 
     kind: ClassVar[str] = "score"
@@ -151,11 +153,17 @@ class ScoreSpec(Kept):
 
     k: int
     split: Split
-    j: int | None
+    real: bool
+    window: tuple[int, ...]
     draw: Draw | None
     first: int | None
     policy: Policy
     hardware: Hardware
+
+    @property
+    def most(self) -> int:
+        """How many answers one prompt may have here."""
+        return self.real + (len(self.window) if self.draw is None else bool(self.window))
 
 
 @dataclass(frozen=True)

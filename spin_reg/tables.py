@@ -50,6 +50,7 @@ PREPARED = pa.unify_schemas([EXAMPLES, PUBLISHED])  # both, while they are made
 SCORES = pa.schema(
     [
         ("example_id", pa.string()),
+        ("sampled_from", pa.int32()),  # the iterate whose answer it is; null: the real answer
         ("logprob", pa.float64()),
         ("token_logprobs", pa.list_(pa.float32())),  # of held-out answers only, else null
     ]
@@ -149,11 +150,14 @@ def lengths(name: str, *paths: Path) -> "array[int]":
 
 
 class ById(Mapping[str, Row]):
-    """The rows of a table by `example_id`, in their order, each read when it is asked for."""
+    """The rows of a table by `example_id`, in their order, each read when it is asked for.
 
-    def __init__(self, path: Path, columns: Sequence[str] | None = None) -> None:
+    `only`: the rows that hold these values.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] | None = None, only: Mapping[str, Any] | None = None) -> None:
         self._rows, self._places = read(path, columns=columns), dict[str, int]()
-        for i, name in enumerate(column("example_id", path)):
+        for i, name in _names(path, only or {}):
             _once(name, self._places, path)
             self._places[name] = i
 
@@ -170,13 +174,24 @@ class ById(Mapping[str, Row]):
         return len(self._places)
 
 
-def numbers_by_id(name: str, path: Path) -> dict[str, float]:
-    """A column of numbers by `example_id`; a second row with one id is an error."""
+def numbers_by_id(name: str, path: Path, only: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """A column of numbers by `example_id`, of the rows that hold the values `only`; a second row with one id is an
+    error.
+    """
     found: dict[str, float] = {}
-    for key, value in zip(column("example_id", path), column(name, path), strict=True):
+    values = column(name, path)
+    for i, key in _names(path, only or {}):
         _once(key, found, path)
-        found[key] = value
+        found[key] = values[i]
     return found
+
+
+def _names(path: Path, only: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
+    """Places and ids of the rows that hold these values."""
+    held = [(column(name, path), value) for name, value in only.items()]
+    for i, name in enumerate(column("example_id", path)):
+        if all(values[i] == value for values, value in held):
+            yield i, name
 
 
 def _once(name: str, found: Mapping[str, object], where: Path) -> None:
@@ -234,11 +249,11 @@ def _whole_shard(shards: Path, start: int) -> bytes | None:
 
 
 def in_batches(
-    rows: Sequence[Row], make: Callable[[Sequence[Row]], list[Row]], batches: Iterable[Sequence[int]]
+    rows: Sequence[Row], make: Callable[[Sequence[Row]], list[list[Row]]], batches: Iterable[Sequence[int]]
 ) -> list[Row]:
-    """Map rows to rows in batches of positions; results stand in the order of the rows."""
-    made: list[Row | None] = [None] * len(rows)
+    """Map each row to some rows, in batches of positions; results stand in the order of the rows."""
+    made: list[list[Row]] = [[]] * len(rows)
     for picked in batches:
         for i, row in zip(picked, make([rows[i] for i in picked]), strict=True):
             made[i] = row
-    return [row for row in made if row is not None]
+    return [row for some in made for row in some]

@@ -43,7 +43,7 @@ def damaged(path: Path, how: str) -> None:
         ("iterate-00/model/tokenizer.json", True),
         ("run.json", True),
         ("iteration-01/pairs.parquet", False),
-        ("iterate-01/scores/train-real/scores.parquet", False),
+        ("iterate-01/scores/train-01-real-from-00/scores.parquet", False),
         ("iterate-00/answers/train-00/stage.json", False),
         ("iterate-02/evaluate/metrics.json", False),
         ("metrics.jsonl", False),
@@ -109,7 +109,9 @@ def test_damaged_training_state_is_passed_over(
 def test_only_a_missing_or_damaged_shard_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"example_id": str(i), "logprob": float(i), "token_logprobs": None} for i in range(10)]
+    rows: list[Any] = [
+        {"example_id": str(i), "sampled_from": None, "logprob": float(i), "token_logprobs": None} for i in range(10)
+    ]
     calls: list[list[str]] = []
 
     def make(some: Any) -> Any:

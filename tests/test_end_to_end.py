@@ -139,20 +139,19 @@ def test_status_lists_runs_and_how_far_they_are(train: Train, command: Command, 
 def test_held_out_margins_are_those_of_the_loss(train: Train) -> None:
     """With length_norm=mean each log-ratio is divided by its length, in evaluation as in training."""
     root = train("regularizer=none", "loss.length_norm=mean", "schedule.iterations=1", "schedule.beta=0.5")
+    tables = {0: ["scores/heldout-real", "answers/heldout"], 1: ["scores/heldout-real-from-00"]}
     scores = {
-        name: {row["example_id"]: row["logprob"] for row in pq.read_table(root / name / "scores.parquet").to_pylist()}
-        for name in (f"iterate-{k:02d}/scores/heldout-{what}" for k in (0, 1) for what in ("real", "from-00"))
-        if (root / name).exists()
+        (k, row["sampled_from"], row["example_id"]): row["logprob"]
+        for k, names in tables.items()
+        for name in names
+        for row in pq.read_table(root / f"iterate-{k:02d}/{name}/scores.parquet").to_pylist()
     }
-    drawn = pq.read_table(root / "iterate-00/answers/heldout/scores.parquet").to_pylist()  # by the base, as it answered
-    scores["iterate-00/scores/heldout-from-00"] = {row["example_id"]: row["logprob"] for row in drawn}
     real = {row["example_id"]: len(row["real_ids"]) for row in pq.read_table(root / "data/heldout.parquet").to_pylist()}
     answers = pq.read_table(root / "iterate-00/answers/heldout/answers.parquet").to_pylist()
     deltas = []
     for row in answers:
         name = row["example_id"]
-        gain = {w: scores[f"iterate-01/scores/heldout-{w}"][name] - scores[f"iterate-00/scores/heldout-{w}"][name]
-                for w in ("real", "from-00")}  # fmt: skip
-        deltas.append(gain["real"] / real[name] - gain["from-00"] / len(row["generated_ids"]))
+        gain = {j: scores[1, j, name] - scores[0, j, name] for j in (None, 0)}
+        deltas.append(gain[None] / real[name] - gain[0] / len(row["generated_ids"]))
     found = json.loads((root / "iterate-01/evaluate/metrics.json").read_text())
     assert found["eval/margin"] == pytest.approx(0.5 * sum(deltas) / len(deltas))

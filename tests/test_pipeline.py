@@ -19,6 +19,7 @@ from spin_reg.context import Context
 from spin_reg.errors import ConfigError, DamagedError, NoSpace, RunBusy, SpinRegError
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.runner import Status
+from spin_reg.specs import ScoreSpec
 
 SOURCES = Sources(model=None, tokenizer="t", data=None)
 
@@ -218,8 +219,10 @@ def test_answers_are_never_made_twice_and_scored_once_per_iterate() -> None:
         assert len({s.fingerprint for s in made}) == len(made) == len({s.folder for s in made})
         answers = [s for s in made if s.kind == "generate" and "train" in s.name]
         assert len(answers) == (1 + 2 + 3 + 4 if "fresh" in words[0] else 4)
-        real = [s for s in made if s.name.endswith("train-real")]
-        assert len(real) == 4
+        real = [s.spec.k for s in made if isinstance(s.spec, ScoreSpec) and s.spec.real and s.spec.split == "train"]
+        assert real == [0, 1, 2, 3]
+        together = [s.spec.window for s in made if isinstance(s.spec, ScoreSpec) and s.spec.real and s.spec.window]
+        assert (2, 1, 0) in together  # the newest iterate reads a prompt once with its real and its older answers
 
 
 def test_base_asks_for_answers_once() -> None:
@@ -413,5 +416,5 @@ def test_batch_sizes_are_part_of_a_stage_in_bf16_and_only_there() -> None:
     assert prints("hardware.score_batch_size=3") == prints()
     for bf16 in ("hardware.precision=bf16", "model.dtype=bfloat16"):
         one, other = prints(bf16), prints(bf16, "hardware.score_batch_size=3")
-        assert one["iterate-00/scores/train-real"] != other["iterate-00/scores/train-real"]
+        assert one["iterate-00/scores/train-00-real-from-00"] != other["iterate-00/scores/train-00-real-from-00"]
         assert one["iterate-00/sft"] != other["iterate-00/sft"]

@@ -43,7 +43,7 @@ def likelihood(inputs: Mapping[str, Path], k: int) -> Values:
     retained skill, which self-play does not see: forgetting. Both should fall, or at least not rise.
     """
     path = inputs["data"] / f"{Split.heldout}.parquet"
-    scored = join.scores(inputs[real_role(k)])
+    scored = join.scores(inputs[real_role(k)], None)
     logprobs = [scored[name] for name in tables.column("example_id", path)]
     tokens = sum(tables.lengths("real_ids", path))
     values = {
@@ -54,7 +54,7 @@ def likelihood(inputs: Mapping[str, Path], k: int) -> Values:
         values |= _kl("eval/kl_data", tables.numbers_by_id("data_logprob", path), scored)
         retained = inputs["data"] / f"{Split.retained_heldout}.parquet"
         known = tables.numbers_by_id("data_logprob", retained)
-        values |= _kl("eval/kl_off", known, join.scores(inputs["retained"]))
+        values |= _kl("eval/kl_off", known, join.scores(inputs["retained"], None))
     return values
 
 
@@ -78,18 +78,14 @@ def divergences(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
     The sum over tokens of k3 = exp(l) - 1 - l, l = log pi_q - log pi_k of a token: never negative, and unbiased for the
     token's KL (Schulman's estimator). 0 for the base against itself; small steps keep both small.
     """
-    own = _token_logprobs(inputs["own_scores"])
+    own = join.token_logprobs(inputs["own_scores"], spec.k)
     values = {"eval/kl_to_base": 0.0}
     for name, role in (("base", "own_scores_base"), ("previous", "own_scores_previous")):
         if role in inputs:
-            other = _token_logprobs(inputs[role])
+            other = join.token_logprobs(inputs[role], spec.k)
             sums = [k3(own[i]["token_logprobs"], other[i]["token_logprobs"]) for i in own]
             values[f"eval/kl_to_{name}"] = math.fsum(sums) / len(sums)
     return values
-
-
-def _token_logprobs(folder: Path) -> tables.ById:
-    return tables.ById(folder / "scores.parquet", ["token_logprobs"])
 
 
 def k3(policy: Sequence[float], other: Sequence[float]) -> float:
@@ -104,8 +100,8 @@ def game(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
     that falls toward one half says that answers can hardly be told from real ones: across iterations low is good.
     """
     assert spec.game is not None and spec.beta is not None
-    real = join.scores(inputs[real_role(spec.k)])
-    generated = {j: join.scores(inputs[generated_role(spec.k, j)]) for j in spec.game.window}
+    real = join.scores(inputs[real_role(spec.k)], None)
+    generated = {j: join.scores(inputs[generated_role(spec.k, j)], j) for j in spec.game.window}
     deltas = []
     for pair in join.pairs(spec.game, inputs, Split.heldout):
         name = pair.example["example_id"]

@@ -1,84 +1,92 @@
 """Log-probs of answers under one iterate: the scorer behind every reference and every evaluation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from spin_reg import iterates, tables
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError
 from spin_reg.packing import Group, cut, lengths, sums
 from spin_reg.scorer import Scorer
-from spin_reg.specs import ScoreSpec, Split
-from spin_reg.tables import ById, Row, Rows
+from spin_reg.specs import ScoreSpec, Split, answers_role
+from spin_reg.tables import Row, Rows
 
 SHARD = 1024
 
 
 def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write scores.parquet: one row an answer; eval mode, float64 sums over the answer's tokens."""
-    rows = answer_rows(spec, inputs)
+    rows, hardware = asked(spec, inputs), spec.hardware
     accelerator = iterates.accelerator(spec.hardware)
     loaded = iterates.load(inputs["model"], spec.policy)
     scorer = accelerator.prepare_model(Scorer(loaded.model), evaluation_mode=True).eval()
-    hardware = spec.hardware
-    keep_tokens = spec.split is not Split.train
 
     @torch.inference_mode()
-    def batch(some: Sequence[Row]) -> list[Row]:
+    def batch(some: Sequence[Row]) -> list[list[Row]]:
         context.poll()
-        groups = [Group(row["prompt_ids"], (row["ids"],)) for row in some]
+        groups = [_group(row) for row in some]
         logprobs = scorer(groups)
-        of_answers = logprobs.split(lengths(groups))
-        scored = []
-        for row, total, tokens in zip(some, sums(logprobs, groups).tolist(), of_answers, strict=True):
-            if not math.isfinite(total):
-                raise NonFiniteError(
-                    f"A log-prob is {total}.",
-                    where=f"iterate {spec.k}, example_id {row['example_id']}",
-                    why="the policy's weights or its arithmetic are broken; a reference cannot be made of it",
-                    todo="look at the training curve of this iterate; try hardware.precision=fp32",
-                )
-            kept = tokens.tolist() if keep_tokens else None
-            scored.append({"example_id": row["example_id"], "logprob": total, "token_logprobs": kept})
-        return scored
+        answers = zip(sums(logprobs, groups).tolist(), logprobs.split(lengths(groups)), strict=True)
+        return [[_scored(spec, row["example_id"], j, *next(answers)) for j in row["answers"]] for row in some]
 
     tables.in_shards(
         rows,
         lambda shard: tables.in_batches(
             shard,
             batch,
-            cut(
-                [len(row["prompt_ids"]) + len(row["ids"]) - 1 for row in shard],
-                tokens=hardware.batch_tokens,
-                most=hardware.score_batch_size,
-            ),
+            cut([_group(row).slots for row in shard], tokens=hardware.batch_tokens, most=hardware.score_batch_size),
         ),
         out=out,
         into={"scores.parquet": tables.SCORES},
         size=SHARD,
-        done=lambda done, total: context.progress(done, total, "score"),
+        done=lambda done, total: context.progress(done, total, "prompt"),
     )
 
 
-def answer_rows(spec: ScoreSpec, inputs: dict[str, Path]) -> Rows:
-    """The answers to score, as rows with example_id, prompt_ids and the answer's ids."""
-    data = inputs["data"] / f"{spec.split}.parquet"
-    examples = tables.read(data, columns=["example_id", "prompt_ids", "real_ids"])
-    names = tables.column("example_id", data)[: spec.first]
-    answers = None if spec.j is None else tables.ById(inputs["answers"] / "answers.parquet", ["generated_ids"])
-    asked = [i for i, name in enumerate(names) if answers is None or _asked(spec, name, answers)]
+def _group(row: Row) -> Group:
+    return Group(row["prompt_ids"], tuple(row["answers"].values()))
+
+
+def _scored(spec: ScoreSpec, name: str, j: int | None, logprob: float, tokens: Tensor) -> Row:
+    """One row of the table; of training answers the sums are kept alone.
+
+    Raises:
+        NonFiniteError: the log-prob is NaN or infinite.
+    """
+    if not math.isfinite(logprob):
+        raise NonFiniteError(
+            f"A log-prob is {logprob}.",
+            where=f"iterate {spec.k}, example_id {name}",
+            why="the policy's weights or its arithmetic are broken; a reference cannot be made of it",
+            todo="look at the training curve of this iterate; try hardware.precision=fp32",
+        )
+    kept = tokens.tolist() if spec.split is not Split.train else None
+    return {"example_id": name, "sampled_from": j, "logprob": logprob, "token_logprobs": kept}
+
+
+def asked(spec: ScoreSpec, inputs: Mapping[str, Path]) -> Rows:
+    """The prompts to score answers to, as rows with example_id, prompt_ids and `answers`: token ids by the iterate that
+    gave them, None for the real one.
+    """
+    path = inputs["data"] / f"{spec.split}.parquet"
+    examples = tables.read(path, columns=["example_id", "prompt_ids", "real_ids"])
+    names = tables.column("example_id", path)[: spec.first]
+    given = {j: tables.ById(inputs[answers_role(j)] / "answers.parquet", ["generated_ids"]) for j in spec.window}
+
+    def of(name: str) -> list[int]:
+        return [j for j in spec.window if name in given[j] and (spec.draw is None or spec.draw.deal(name) == j)]
+
+    kept = [i for i, name in enumerate(names) if spec.real or of(name)]
 
     def row(n: int) -> Row:
-        example = examples[asked[n]]
+        example = examples[kept[n]]
         name = example["example_id"]
-        ids = example["real_ids"] if answers is None else answers[name]["generated_ids"]
-        return {"example_id": name, "prompt_ids": example["prompt_ids"], "ids": ids}
+        answers: dict[int | None, list[int]] = {None: example["real_ids"]} if spec.real else {}
+        answers |= {j: given[j][name]["generated_ids"] for j in of(name)}
+        return {"example_id": name, "prompt_ids": example["prompt_ids"], "answers": answers}
 
-    return Rows(len(asked), row)
-
-
-def _asked(spec: ScoreSpec, name: str, answers: ById) -> bool:
-    return name in answers and (spec.draw is None or spec.draw.deal(name) == spec.j)
+    return Rows(len(kept), row)

@@ -113,9 +113,9 @@ def self_check(scorer: Scorer, spec: TrainSpec, inputs: dict[str, Path], rows: S
         return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
 
     t, reference = spec.t, opponents.from_json(spec.reference)
-    real = {k: join.scores(inputs[real_role(k)]) for k in opponents.support(reference) | {t}}
+    real = {k: join.scores(inputs[real_role(k)], None) for k in opponents.support(reference) | {t}}
     generated = {
-        j: {k: join.scores(inputs[generated_role(k, j)]) for k in opponents.scorers(reference, j) | {t}}
+        j: {k: join.scores(inputs[generated_role(k, j)], j) for k in opponents.scorers(reference, j) | {t}}
         for j in spec.window
     }
     stored = selfcheck.to_check(rows, t, reference, real, generated)

@@ -314,4 +314,5 @@ def _show_plan(cfg: Any) -> None:
     tokens, memory = launch.estimates(planned)
     print(f"  tokens: {tokens.words()}")
     print(f"  memory: {memory.words(estimate.room())}")
+    print(f"  time: {launch.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")

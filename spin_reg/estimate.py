@@ -23,8 +23,13 @@ class Work:
     trained: int
     pairs: int
 
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.drawn + self.scored + self.trained
+
     def words(self) -> str:
-        if not self.drawn + self.scored + self.trained:
+        if not self.tokens:
             return "none left"
         listed = ", ".join(f"{count(getattr(self, name))} {name}" for name in ("drawn", "scored", "trained"))
         return f"at most {listed} on ({count(self.pairs)} pairs)"

@@ -11,37 +11,33 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from spin_reg import (
-    __version__,
     config,
     durable,
     estimate,
-    hub,
+    pace,
+    provenance,
     rundir,
     runlog,
     runner,
     sizes,
-    sources,
     space,
     stopping,
     tracking,
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
-from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.errors import ConfigError, RunBusy
 from spin_reg.fingerprint import file_sha256, plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
-from spin_reg.settings import KeepIterates, Model, Pretrained
+from spin_reg.settings import KeepIterates
 from spin_reg.specs import PrepareSpec, Split
 
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -90,7 +86,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
             settings = replace(settings, schedule=schedule)
     else:
         sizes.check_positions(settings.model, settings.dataset, settings.generation)
-    found = _sources(settings, (saved or {}).get("sources", {}))
+    found = provenance.found(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
     if only_evaluate:
@@ -141,6 +137,13 @@ def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory]:
     """The tokens and the memory of the stages still to be made."""
     todo = _todo(planned)
     return estimate.work(todo, _counts(planned)), estimate.memory(todo, planned.config.model)
+
+
+def time_left(planned: Planned) -> pace.Left:
+    """Seconds that the stages still to be made may take, at the pace that the run's log tells of."""
+    path = planned.root / "run.log"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return pace.left(planned.stages, _todo(planned), _counts(planned), text)
 
 
 def _todo(planned: Planned) -> list[Stage]:
@@ -229,45 +232,6 @@ def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any])
         )
 
 
-def _sources(settings: Config, known: dict[str, Any]) -> Sources:
-    """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
-    model, commit = _recorded(known.get("model"), _stamp(settings.model)), None
-    if model is None:
-        model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
-        if isinstance(settings.model, Pretrained):
-            commit = sources.model_revision(settings.model)
-    elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
-        commit = known["model"]["commit"]
-        hub.pin(settings.model, commit)  # a branch may have moved since
-    data = _recorded(known.get("data"), _stamp(settings.dataset))
-    if data is None:
-        data = [sources.data_sha256(settings.dataset)]
-    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit)
-
-
-def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
-    return entry["sha256"] if entry is not None and stamp is not None and entry["stamp"] == stamp else None
-
-
-def _stamp(source: Model | Dataset) -> Any:
-    """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
-    if isinstance(source, Pretrained):
-        folder = Path(source.name_or_path).expanduser()
-        files = [] if source.chat_template is None else [Path(source.chat_template).expanduser()]
-        named = [] if folder.exists() else [source.name_or_path, source.revision]
-        files += sorted(folder.glob("*"))
-        return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
-    if isinstance(source, Mixture):
-        stamps = [_stamp(part) for part in parts(source)]
-        return None if None in stamps else stamps
-    if isinstance(source, Jsonl):
-        path = Path(source.path).expanduser()
-        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-    if isinstance(source, Hub):
-        return None if Path(source.path).is_dir() else [source.path, source.revision]
-    return []
-
-
 def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
     settings, found = planned.config, planned.sources
     path = planned.root / rundir.RUN
@@ -281,13 +245,13 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "settings": config.identity_settings(settings),
         "sources": {
             "model": {
-                "stamp": _stamp(settings.model),
+                "stamp": provenance.stamp(settings.model),
                 "sha256": [found.model, found.tokenizer],
                 "commit": found.commit,
             },
-            "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
+            "data": {"stamp": provenance.stamp(settings.dataset), "sha256": [found.data]},
         },
-        "versions": before.get("versions") or _versions(),
+        "versions": before.get("versions") or provenance.versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),
     }
@@ -302,16 +266,11 @@ def _config_whole(root: Path, saved: Mapping[str, Any] | None) -> bool:
     return saved is None or (path.is_file() and file_sha256(path) == saved.get("config_sha256"))
 
 
-def _versions() -> dict[str, str]:
-    own = {"python": platform.python_version(), "spin-reg": __version__}
-    return own | {name: metadata.version(name) for name in PACKAGES}
-
-
 def _warn_of_versions(root: Path) -> None:
     """Versions are provenance: other ones than the run began with are told, not refused."""
     saved = _saved(root)
     assert saved is not None
-    began, now = saved["versions"], _versions()
+    began, now = saved["versions"], provenance.versions()
     changed = [f"{name} {began.get(name)} -> {now[name]}" for name in now if began.get(name) != now[name]]
     if changed:
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))

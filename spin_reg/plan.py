@@ -13,6 +13,7 @@ from spin_reg.policies import adapter, policy
 from spin_reg.schedules import at
 from spin_reg.settings import Pretrained
 from spin_reg.specs import (
+    CHECKED,
     AnswersSpec,
     BaseSpec,
     EvaluateSpec,
@@ -65,9 +66,6 @@ class Stage:
         """SHA-256 over kind, version, the result-changing fields of the spec, and the needs' fingerprints."""
         needs = {role: need.fingerprint for role, need in self.needs.items()}
         return digest([self.spec.kind, self.spec.version, identity(self.spec), needs])
-
-
-CHECKED = 16  # examples whose log-probs are stored for the self-check alone
 
 
 def _brings(k: int, answers: Stage) -> bool:

@@ -248,6 +248,7 @@ def sample(
     batch_size: int | None = None,
     names: Sequence[str] = (),
     poll: Callable[[], None] = lambda: None,
+    ended: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
     """One answer a prompt.
 
@@ -255,6 +256,7 @@ def sample(
         prompts: B rows of token ids. points: (B, N) uniform draws, one a token; N is the longest answer.
         ends: the token ids that end an answer. batch_size: how many are answered at a time; None: all.
         names: the prompts' ids, for error messages. poll: called at every token.
+        ended: told how many answers are whole.
 
     Raises:
         NonFiniteError: a logit is NaN, or none is finite: there is no distribution to draw from.
@@ -264,7 +266,7 @@ def sample(
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     reasons = ["length"] * len(prompts)
-    longest, decoder = points.shape[1], _Decoder(model, prompts)
+    longest, whole, decoder = points.shape[1], 0, _Decoder(model, prompts)
     while waiting or any(of is not None for of in decoder.rows):
         free = sum(of is None for of in decoder.rows)
         if free == len(decoder.rows):
@@ -290,6 +292,8 @@ def sample(
             if token in ends or len(tokens[i]) == longest:
                 reasons[i] = "stop" if token in ends else "length"
                 decoder.rows[row] = None
+                whole += 1
+                ended(whole)
         if any(of is not None for of in decoder.rows):
             decoder.step(drawn.clamp(min=0))
     return [Answer(*answer) for answer in zip(tokens, reasons, logprobs, strict=True)]

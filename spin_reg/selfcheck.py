@@ -16,10 +16,10 @@ from torch import Tensor
 
 from spin_reg.errors import NonFiniteError, SelfCheckError
 from spin_reg.opponents import Reference, evaluate, scorers
+from spin_reg.specs import CHECKED
 from spin_reg.tables import Row
 
 Scores = Mapping[int, Mapping[str, float]]
-ROWS = 16
 SHOWN = 8  # rows named in one error
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def to_check(
             own = [table[t][name] for table in tables]
             mixed = [evaluate(reference, {k: table[k][name] for k in scorers(reference, j)}, j) for table in tables]
             found.append(Stored(pair, own[0], own[1], mixed[0], mixed[1]))
-        if len(found) == ROWS:
+        if len(found) == CHECKED:
             break
     return found
 

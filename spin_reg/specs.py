@@ -22,6 +22,8 @@ from spin_reg.settings import (
     runtime,
 )
 
+CHECKED = 8  # pairs that the self-check reads: each costs a forward pass at the start of every iteration
+
 
 class Split(StrEnum):
     """The parts of a prepared data set; the last two exist where p_data is known."""

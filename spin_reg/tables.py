@@ -206,7 +206,7 @@ def _once(name: str, found: Mapping[str, object], where: Path) -> None:
 
 def in_shards(
     rows: Sequence[Row],
-    make: Callable[[Sequence[Row]], list[Row]],
+    make: Callable[[Sequence[Row], Callable[[int], None]], list[Row]],
     *,
     out: Path,
     into: Mapping[str, pa.Schema],
@@ -217,7 +217,8 @@ def in_shards(
     on at the first missing shard.
 
     A shard is published when it is whole, under a name that holds its SHA-256; one that was damaged since is named in
-    the log and made again. `make` sees one shard only, so what it returns never depends on the others.
+    the log and made again. `make` sees one shard only, so what it returns never depends on the others; it is also given
+    a function to say how many of the shard's rows are ready.
     """
     shards, schema = out / durable.SCRATCH / "shards", pa.unify_schemas(list(into.values()))
     durable.make_folder(shards)
@@ -225,7 +226,7 @@ def in_shards(
     def shard(start: int) -> bytes:
         content = _whole_shard(shards, start)
         if content is None:
-            content = _parquet(make(rows[start : start + size]), schema)
+            content = _parquet(make(rows[start : start + size], lambda n: done(start + n, len(rows))), schema)
             durable.write_bytes(shards / f"{start:09d}-{sha256(content).hexdigest()}.parquet", content)
         return content
 
@@ -249,11 +250,20 @@ def _whole_shard(shards: Path, start: int) -> bytes | None:
 
 
 def in_batches(
-    rows: Sequence[Row], make: Callable[[Sequence[Row]], list[list[Row]]], batches: Iterable[Sequence[int]]
+    rows: Sequence[Row],
+    make: Callable[[Sequence[Row]], list[list[Row]]],
+    batches: Iterable[Sequence[int]],
+    ready: Callable[[int], None],
 ) -> list[Row]:
-    """Map each row to some rows, in batches of positions; results stand in the order of the rows."""
+    """Map each row to some rows, in batches of positions; results stand in the order of the rows.
+
+    `ready` is told how many rows are.
+    """
     made: list[list[Row]] = [[]] * len(rows)
+    count = 0
     for picked in batches:
         for i, row in zip(picked, make([rows[i] for i in picked]), strict=True):
             made[i] = row
+        count += len(picked)
+        ready(count)
     return [row for some in made for row in some]

@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT, SMALL, Command, weights
 from faults import Counter, Killed, before_calls
 
-from spin_reg import durable, fit, rundir, sampling, scorer, selfcheck, tables
+from spin_reg import durable, fit, rundir, sampling, scorer, tables
 from spin_reg.errors import NonFiniteError, SelfCheckError
+from spin_reg.specs import CHECKED
 from spin_reg.stages import generate
 from spin_reg.stages import train as train_stage
 
@@ -114,7 +115,7 @@ def test_only_a_missing_or_damaged_shard_is_made_again(
     ]
     calls: list[list[str]] = []
 
-    def make(some: Any) -> Any:
+    def make(some: Any, ready: Any) -> Any:
         calls.append([row["example_id"] for row in some])
         return list(some)
 
@@ -193,7 +194,7 @@ def test_every_iteration_begins_with_the_self_check(regularizer: str, train: Tra
     root = train(f"regularizer={regularizer}", *REFERENCES[regularizer])
     for k in (1, 2):
         found = json.loads((root / f"iterate-{k:02d}/model/selfcheck.json").read_text())
-        assert found["rows"] == selfcheck.ROWS and found["largest_gap"] <= 1e-5
+        assert found["rows"] == CHECKED and found["largest_gap"] <= 1e-5
         assert found["margin"] == pytest.approx(found["expected_margin"], abs=1e-4)
         if k == 1 or regularizer == "none":
             assert found["expected_margin"] == 0 and found["loss"] == pytest.approx(0.693147, abs=1e-4)

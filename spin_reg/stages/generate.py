@@ -1,7 +1,7 @@
 """Answers of one iterate, drawn once and kept as token ids."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
     loaded = iterates.load(inputs["model"], spec.policy)
     model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
 
-    def answer(some: Sequence[Row]) -> list[Row]:
+    def answer(some: Sequence[Row], ready: Callable[[int], None]) -> list[Row]:
         points = torch.stack(
             [
                 sampling.uniforms(spec.seed, spec.round, row["example_id"], spec.split, spec.max_new_tokens)
@@ -38,6 +38,7 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
             batch_size=spec.generation.batch_size,
             names=[row["example_id"] for row in some],
             poll=context.poll,
+            ended=ready,
         )
         return [
             {

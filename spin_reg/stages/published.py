@@ -1,6 +1,6 @@
 """Answers that the data set brings with it, in the place of those of the base."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spin_reg import models, tables
@@ -15,7 +15,7 @@ def run(spec: PublishedSpec, inputs: dict[str, Path], out: Path, context: Contex
     """Write answers.parquet as the generate stage does: a longer answer than it may draw is cut, with no end token."""
     tokenizer = models.load_tokenizer(spec.model)
 
-    def cut(some: Sequence[Row]) -> list[Row]:
+    def cut(some: Sequence[Row], ready: Callable[[int], None]) -> list[Row]:
         context.poll()
         answers = []
         for row in some:

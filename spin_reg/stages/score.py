@@ -35,10 +35,11 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
 
     tables.in_shards(
         rows,
-        lambda shard: tables.in_batches(
+        lambda shard, ready: tables.in_batches(
             shard,
             batch,
             cut([_group(row).slots for row in shard], tokens=hardware.batch_tokens, most=hardware.score_batch_size),
+            ready,
         ),
         out=out,
         into={"scores.parquet": tables.SCORES},

@@ -1,0 +1,58 @@
+"""Where a run's results come from: what its settings point at, by content, and the versions of what made them."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spin_reg import __version__, hub, sources
+from spin_reg.config import Config
+from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
+from spin_reg.plan import Sources
+from spin_reg.settings import Model, Pretrained
+
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
+
+
+def found(settings: Config, known: dict[str, Any]) -> Sources:
+    """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
+    model, commit = _recorded(known.get("model"), stamp(settings.model)), None
+    if model is None:
+        model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
+        if isinstance(settings.model, Pretrained):
+            commit = sources.model_revision(settings.model)
+    elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
+        commit = known["model"]["commit"]
+        hub.pin(settings.model, commit)  # a branch may have moved since
+    data = _recorded(known.get("data"), stamp(settings.dataset))
+    if data is None:
+        data = [sources.data_sha256(settings.dataset)]
+    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit)
+
+
+def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
+    return entry["sha256"] if entry is not None and stamp is not None and entry["stamp"] == stamp else None
+
+
+def stamp(source: Model | Dataset) -> Any:
+    """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
+    if isinstance(source, Pretrained):
+        folder = Path(source.name_or_path).expanduser()
+        files = [] if source.chat_template is None else [Path(source.chat_template).expanduser()]
+        named = [] if folder.exists() else [source.name_or_path, source.revision]
+        files += sorted(folder.glob("*"))
+        return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+    if isinstance(source, Mixture):
+        stamps = [stamp(part) for part in parts(source)]
+        return None if None in stamps else stamps
+    if isinstance(source, Jsonl):
+        path = Path(source.path).expanduser()
+        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+    if isinstance(source, Hub):
+        return None if Path(source.path).is_dir() else [source.path, source.revision]
+    return []
+
+
+def versions() -> dict[str, str]:
+    own = {"python": platform.python_version(), "spin-reg": __version__}
+    return own | {name: metadata.version(name) for name in PACKAGES}

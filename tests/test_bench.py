@@ -49,12 +49,13 @@ def test_flops_of_a_forward_are_those_that_torch_counts(tied: bool, tmp_path: Pa
     assert arithmetic.forward(found, tokens, tokens) == counter.get_total_flops() - unseen
 
 
-def test_work_counts_each_answer_with_its_prompt_and_no_forward_of_its_last_token() -> None:
+def test_work_counts_a_pairs_prompt_once_and_no_forward_of_a_last_token() -> None:
     model = arithmetic.Shape(layers=1, width=1, body=10, head=100)
     assert arithmetic.answer(model, 3, 2) == 2 * 10 * 4 + 2 * 100 * 2 + 4 * (1 + 2 + 3 + 4)
     pairs = arithmetic.Lengths(prompt=[3, 1], real=[2, 4], generated=[5, 6])
-    flops, tokens = arithmetic.scoring_work(model, pairs)
-    assert flops == sum(arithmetic.answer(model, p, n) for p, n in [(3, 2), (3, 5), (1, 4), (1, 6)])
+    flops, tokens = arithmetic.pairs_work(model, pairs)
+    alone = sum(arithmetic.answer(model, p, n) for p, n in [(3, 2), (3, 5), (1, 4), (1, 6)])
+    assert flops == alone - (2 * 10 * 3 + 4 * (1 + 2 + 3)) - (2 * 10 + 4)
     assert tokens == 2 * (3 + 1) + 2 + 4 + 5 + 6
     assert arithmetic.sampling_work(model, [3], [2]) == (arithmetic.answer(model, 3, 2), 2)
 

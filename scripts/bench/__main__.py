@@ -14,8 +14,9 @@ Sampling and training include loading the model, and training also building the 
 ours` is the median of the ratios within a repeat, of seconds a token. Utilisation is the FLOPs needed over the
 seconds and over the rate of a square matrix product in the same precision just before and after. Needed are 2 a token
 and weight (the embedding left out, the head where a logit is used), and 4 * context * width * layers a token for
-attention (causal: a token's context is what it sees); for training three times that. Padding is not needed, nor the
-forward that checkpointing repeats. Peaks are of resident memory, the whole iteration's that of its process.
+attention (causal: a token's context is what it sees); for training three times that. A pair's prompt is needed once;
+to score its generated answer nothing is where its log-prob comes with drawing it, as ours do in fp32. Padding is not
+needed, nor the forward that checkpointing repeats. Peaks are of resident memory, the whole iteration's that of its process.
 """
 
 import argparse

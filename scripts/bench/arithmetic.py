@@ -89,10 +89,11 @@ def sampling_work(model: Shape, prompts: Sequence[int], answers: Sequence[int]) 
     return sum(answer(model, p, n) for p, n in zip(prompts, answers, strict=True)), sum(answers)
 
 
-def scoring_work(model: Shape, pairs: Lengths) -> tuple[int, int]:
-    """FLOPs needed to score both answers of every pair, and the tokens of both rows, the prompt in each."""
+def pairs_work(model: Shape, pairs: Lengths) -> tuple[int, int]:
+    """FLOPs needed to read every pair, its prompt once; and the tokens of both rows, the prompt in each."""
     both = [sampling_work(model, pairs.prompt, answers) for answers in (pairs.real, pairs.generated)]
-    return sum(flops for flops, _ in both), sum(tokens for _, tokens in both) + 2 * sum(pairs.prompt)
+    twice = sum(forward(model, prompt, 0) for prompt in pairs.prompt)
+    return sum(flops for flops, _ in both) - twice, sum(tokens for _, tokens in both) + 2 * sum(pairs.prompt)
 
 
 def took(log: str) -> dict[str, Raw]:

@@ -109,24 +109,28 @@ class Bench:
             found[STEP] = {"seconds": sum(told["step_seconds"]) / len(told["step_seconds"])}
         return {**found, "raw": told, "answer_tokens": told["answer_tokens"]}
 
-    def rated(self, side: Raw, rate: float, step: float | None = None) -> Raw:
-        """With tokens a second and utilisation, given the GEMM rate around the child (and around that of the steps)."""
+    def rated(self, side: Raw, rate: float, step: float | None = None, *, draws_scores: bool = False) -> Raw:
+        """With tokens a second and utilisation, given the GEMM rate around the child (and around that of the steps).
+
+        `draws_scores`: generated answers come with their log-probs, so that only the real ones are scored.
+        """
         drawn = arithmetic.sampling_work(self.model, self.lengths.prompt, side["answer_tokens"])
-        scored, epochs = arithmetic.scoring_work(self.model, self.lengths), self.args.epochs
-        steps = self.steps()
+        (read, tokens), epochs = arithmetic.pairs_work(self.model, self.lengths), self.args.epochs
+        real, _ = arithmetic.sampling_work(self.model, self.lengths.prompt, self.lengths.real)
+        steps, scored = self.steps(), real if draws_scores else read
         work: dict[str, tuple[float, float | None]] = {
             "sampling": drawn,
-            "scoring": scored,
-            "training": (3 * epochs * scored[0], epochs * scored[1]),
-            STEP: (3 * scored[0] / steps, scored[1] / steps),
-            WHOLE: (drawn[0] + (1 + 3 * epochs) * scored[0], None),
+            "scoring": (scored, tokens),
+            "training": (3 * epochs * read, epochs * tokens),
+            STEP: (3 * read / steps, tokens / steps),
+            WHOLE: (drawn[0] + scored + 3 * epochs * read, None),
         }
-        for row, (flops, tokens) in work.items():
+        for row, (flops, counted) in work.items():
             if "seconds" in side.get(row, {}):
                 seconds = side[row]["seconds"]
                 at = step if row == STEP and step is not None else rate
                 side[row] |= {"flops": flops, "utilisation": arithmetic.utilisation(flops, seconds, at)}
-                side[row] |= {} if tokens is None else {"tokens": tokens, "tokens_s": tokens / seconds}
+                side[row] |= {} if counted is None else {"tokens": counted, "tokens_s": counted / seconds}
         return side
 
     def repeat(self, number: int) -> Raw:
@@ -144,7 +148,9 @@ class Bench:
                 rates.append(self.gemm.rates())
                 around[name] = (rates[-2][self.args.precision] + rates[-1][self.args.precision]) / 2
         return {
-            "ours": self.rated(found["ours"], around["ours"], around.get("step")),
+            "ours": self.rated(
+                found["ours"], around["ours"], around.get("step"), draws_scores=self.args.precision == "fp32"
+            ),
             "peer": self.rated(found["peer"], around["peer"]),
             "gemm": rates,
         }

@@ -53,7 +53,10 @@ def load(folder: Path, policy: Policy, *, exclusive: bool = False, fresh: tuple[
     if exclusive:
         forget()
     else:
-        loaded.model.requires_grad_(False)  # kernels, and so bits, hang on it even where no gradient is asked for
+        for (
+            weight
+        ) in loaded.model.parameters():  # kernels, and so bits, hang on it even where no gradient is asked for;
+            weight.requires_grad_(weight.is_floating_point())  # and autocast keeps what it has cast only where it is on
     return loaded
 
 

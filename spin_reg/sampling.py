@@ -236,7 +236,7 @@ def _empty(layer: DynamicLayer, rows: int, columns: int) -> _Columns:
     return made
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which autocast keeps no cast weight
 def sample(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],

@@ -16,7 +16,7 @@ seconds and over the rate of a square matrix product in the same precision just 
 and weight (the embedding left out, the head where a logit is used), and 4 * context * width * layers a token for
 attention (causal: a token's context is what it sees); for training three times that. A pair's prompt is needed once;
 to score its generated answer nothing is where its log-prob comes with drawing it, as ours do in fp32. Padding is not
-needed, nor the forward that checkpointing repeats. Peaks are of resident memory, the whole iteration's that of its process.
+needed, nor the forward that checkpointing repeats. Peaks are of resident memory, the whole iteration's of its process.
 """
 
 import argparse

@@ -19,7 +19,7 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
     rows = prompts(spec, inputs["data"] / f"{spec.split}.parquet")
     accelerator = iterates.accelerator(spec.hardware)
     loaded = iterates.load(inputs["model"], spec.policy)
-    model = accelerator.prepare_model(loaded.model, evaluation_mode=True)
+    model = loaded.model.to(accelerator.device)
 
     def answer(some: Sequence[Row], ready: Callable[[int], None]) -> list[Row]:
         points = torch.stack(
@@ -53,14 +53,15 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
             for row, drawn in zip(some, answers, strict=True)
         ]
 
-    tables.in_shards(
-        rows,
-        answer,
-        out=out,
-        into={"answers.parquet": tables.ANSWERS} | ({"scores.parquet": tables.SCORES} if spec.scored else {}),
-        size=SHARD,
-        done=lambda done, total: context.progress(done, total, "answer"),
-    )
+    with accelerator.autocast():  # around all of it, so that weights are cast once
+        tables.in_shards(
+            rows,
+            answer,
+            out=out,
+            into={"answers.parquet": tables.ANSWERS} | ({"scores.parquet": tables.SCORES} if spec.scored else {}),
+            size=SHARD,
+            done=lambda done, total: context.progress(done, total, "answer"),
+        )
 
 
 def prompts(spec: GenerateSpec, path: Path) -> Rows:

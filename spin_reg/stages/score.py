@@ -1,7 +1,7 @@
 """Log-probs of answers under one iterate: the scorer behind every reference and every evaluation."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ SHARD = 1024
 
 def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write scores.parquet: one row an answer; eval mode, float64 sums over the answer's tokens."""
-    rows, hardware = asked(spec, inputs), spec.hardware
+    rows = asked(spec, inputs)
     accelerator = iterates.accelerator(spec.hardware)
     loaded = iterates.load(inputs["model"], spec.policy)
-    scorer = accelerator.prepare_model(Scorer(loaded.model), evaluation_mode=True).eval()
+    scorer = Scorer(loaded.model.to(accelerator.device)).eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, in which autocast keeps no cast weight
     def batch(some: Sequence[Row]) -> list[list[Row]]:
         context.poll()
         groups = [_group(row) for row in some]
@@ -33,19 +33,20 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
         answers = zip(sums(logprobs, groups).tolist(), logprobs.split(lengths(groups)), strict=True)
         return [[_scored(spec, row["example_id"], j, *next(answers)) for j in row["answers"]] for row in some]
 
-    tables.in_shards(
-        rows,
-        lambda shard, ready: tables.in_batches(
-            shard,
-            batch,
-            cut([_group(row).slots for row in shard], tokens=hardware.batch_tokens, most=hardware.score_batch_size),
-            ready,
-        ),
-        out=out,
-        into={"scores.parquet": tables.SCORES},
-        size=SHARD,
-        done=lambda done, total: context.progress(done, total, "prompt"),
-    )
+    def score(shard: Sequence[Row], ready: Callable[[int], None]) -> list[Row]:
+        slots = [_group(row).slots for row in shard]
+        batches = cut(slots, tokens=spec.hardware.batch_tokens, most=spec.hardware.score_batch_size)
+        return tables.in_batches(shard, batch, batches, ready)
+
+    with accelerator.autocast():  # around all of it, so that weights are cast once
+        tables.in_shards(
+            rows,
+            score,
+            out=out,
+            into={"scores.parquet": tables.SCORES},
+            size=SHARD,
+            done=lambda done, total: context.progress(done, total, "prompt"),
+        )
 
 
 def _group(row: Row) -> Group:

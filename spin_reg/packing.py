@@ -1,9 +1,9 @@
-"""The layout in which scoring and training read answers: a prompt once, its answers as branches behind it.
+"""The layout in which scoring and training read answers: a prompt once, its answers as branches, and no padding.
 
-A row of the batch is one prompt with all its answers, [x | y_1 | y_2 ...]. Every branch sees the prompt and itself, not
-the other branches, and counts its positions from the prompt's end, so each answer is read as if it stood alone. An
-answer's last token predicts nothing and is left out. Rows of like length go together, as many as a budget of tokens
-holds. Log-probs are those of `logprobs.token_logprobs`, the plain path, up to rounding.
+A batch is one row of T slots, [x | y_1 | y_2 | x' | y'_1 ...]: every prompt with its answers behind it. A branch sees
+its prompt and itself and counts its positions from the prompt's end, so each answer is read as if it stood alone:
+attention unfolds the slots into one causal row an answer, all else reads a slot once. An answer's last token predicts
+nothing and is left out. Log-probs are those of the plain path, `logprobs.token_logprobs`, up to rounding.
 """
 
 import math
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+LIKE, FEW = 1.2, 16  # a row is like another that is this many times and tokens shorter
 
 
 @dataclass(frozen=True)
@@ -26,60 +28,70 @@ class Group:
         """Tokens that the model reads: the prompt, and of every answer all but the last."""
         return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that attention unfolds it into."""
+        return len(self.prompt) + max(len(answer) for answer in self.answers) - 1
+
 
 @dataclass(frozen=True)
 class Packed:
-    """B groups as rows of W slots; the n tokens of their answers in the order of groups and answers.
+    """Groups as one row of T slots; the n tokens of their A answers in the order of groups and answers.
 
     Attributes:
-        input_ids, position_ids: (B, W) int64, padded on the right; no padding is seen by a token.
-        branch: (B, W) int64: 0 in the prompt, 1, 2 ... in the answers, -1 in the padding.
-        before: (n,) int64, the flat slot (row * W + column) whose logits predict a token. targets: (n,) that token.
-        causal: no row has a second branch, so that looking back is all a mask needs to say.
+        input_ids, position_ids: (1, T) int64.
+        before: (n,) int64, the slot whose logits predict a token. targets: (n,) that token.
+        unfold: blocks of (rows, L) int64, rows of like length: the slots of every answer's own row, its prompt and
+            itself, padded on the right. fold: (T,) int64, where in the flat blocks, one after the other, a slot stands
+            (a prompt: with one of its answers).
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    branch: Tensor
     before: Tensor
     targets: Tensor
-    causal: bool
+    unfold: tuple[Tensor, ...]
+    fold: Tensor
 
 
 def pack(groups: Sequence[Group], device: torch.device | None = None) -> Packed:
-    """Lay out groups of token ids, one a row."""
+    """Lay out groups of token ids one after the other."""
     assert groups and all(g.answers and len(g.prompt) and all(map(len, g.answers)) for g in groups), "nothing to score"
-    width = max(group.slots for group in groups)
-    ids, positions, branches = [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
     before: list[int] = []
     targets: list[int] = []
-    for row, group in enumerate(groups):
-        tokens, places, of = list(group.prompt), list(range(len(group.prompt))), [0] * len(group.prompt)
-        end = row * width + len(group.prompt) - 1  # the prompt's last token predicts the first of every answer
-        for b, ids_of_answer in enumerate(group.answers, start=1):
-            start = row * width + len(tokens)
-            before += [end, *range(start, start + len(ids_of_answer) - 1)]
-            targets += ids_of_answer
-            tokens += ids_of_answer[:-1]
-            places += range(len(group.prompt), len(group.prompt) + len(ids_of_answer) - 1)
-            of += [b] * (len(ids_of_answer) - 1)
-        padding = width - len(tokens)
-        ids.append(tokens + [0] * padding)
-        positions.append(places + [0] * padding)
-        branches.append(of + [-1] * padding)
-    made = [torch.tensor(values, device=device) for values in (ids, positions, branches, before, targets)]
-    return Packed(made[0], made[1], made[2], made[3], made[4], causal=all(len(group.answers) == 1 for group in groups))
+    rows: list[list[int]] = []
+    for group in groups:
+        start, prompt = len(ids), len(group.prompt)
+        ids += group.prompt
+        positions += range(prompt)
+        for answer in group.answers:
+            branch = range(len(ids), len(ids) + len(answer) - 1)
+            before += [start + prompt - 1, *branch]  # the prompt's last token predicts the first of every answer
+            targets += answer
+            rows.append([*range(start, start + prompt), *branch])
+            ids += answer[:-1]
+            positions += range(prompt, prompt + len(branch))
+    blocks = _blocks(rows)
+    fold = [0] * len(ids)
+    for place, slot in enumerate(slot for block in blocks for row in block for slot in row):
+        if slot >= 0:
+            fold[slot] = place
+    made = [torch.tensor(values, device=device) for values in ([ids], [positions], before, targets, fold)]
+    unfold = tuple(torch.tensor(block, device=device).clamp(min=0) for block in blocks)
+    return Packed(made[0], made[1], made[2], made[3], unfold, made[4])
 
 
-def visible(branch: Tensor) -> Tensor:
-    """Which slots a slot sees: (B, W) branches -> (B, 1, W, W) bool, [.., i, j]: i sees j.
-
-    What stands at or before it, in the prompt or in its own branch.
-    """
-    width = branch.shape[1]
-    back = torch.ones((width, width), dtype=torch.bool, device=branch.device).tril()
-    seer, seen = branch.unsqueeze(2), branch.unsqueeze(1)
-    return (back & ((seen == 0) | (seen == seer))).unsqueeze(1)
+def _blocks(rows: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Rows of like length together, padded with -1: attention takes the square of what is longest."""
+    blocks: list[list[list[int]]] = []
+    for row in sorted(rows, key=len):
+        if blocks and len(row) <= LIKE * len(blocks[-1][0]) + FEW:
+            blocks[-1].append(row)
+        else:
+            blocks.append([row])
+    return [[row + [-1] * (len(block[-1]) - len(row)) for row in block] for block in blocks]
 
 
 def lengths(groups: Sequence[Group]) -> list[int]:
@@ -94,18 +106,20 @@ def sums(logprobs: Tensor, groups: Sequence[Group]) -> Tensor:
     return torch.zeros(len(counts), dtype=torch.float64, device=logprobs.device).index_add(0, answer, logprobs.double())
 
 
-def cut(lengths: Sequence[int], *, tokens: int, most: int | None = None) -> list[list[int]]:
+def cut(slots: Sequence[int], *, tokens: int, most: int | None = None) -> list[list[int]]:
     """Rows in batches of like length: positions, the shortest first.
 
     Args:
-        lengths: slots of each row. tokens: a batch has at most so many slots, padding included (one row always fits).
+        slots: of each row. tokens: a batch has at most so many slots (one row always fits).
         most: and at most so many rows.
     """
     batches: list[list[int]] = []
-    room = math.inf if most is None else most
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batches and len(batches[-1]) < room and (len(batches[-1]) + 1) * lengths[i] <= tokens:
+    full, room = math.inf, math.inf if most is None else most
+    for i in sorted(range(len(slots)), key=lambda i: slots[i]):
+        if full + slots[i] <= tokens and len(batches[-1]) < room:
             batches[-1].append(i)
+            full += slots[i]
         else:
             batches.append([i])
+            full = slots[i]
     return batches

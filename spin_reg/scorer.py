@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from spin_reg import branches
 from spin_reg.logprobs import collate, token_logprobs
-from spin_reg.packing import Group, Packed, pack, visible
+from spin_reg.packing import Group, Packed, pack
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
 
-MASKED = ("eager", "sdpa")  # attention that takes a mask of every pair of slots
 log = logging.getLogger(__name__)
 _found: dict[str, bool] = {}  # what `reads_packed` found, by architecture
 
@@ -33,7 +33,7 @@ class Scorer(nn.Module):
 
     def forward(self, groups: Sequence[Group]) -> Tensor:
         """(n,) float32 nats: the tokens of all answers, in the order of groups and answers."""
-        if self.packs and max(group.slots for group in groups) < _window(self.model):
+        if self.packs and max(group.longest for group in groups) < _window(self.model):
             return packed_logprobs(self.model, pack(groups, self.model.device))
         prompts = [group.prompt for group in groups for _ in group.answers]
         answers = [answer for group in groups for answer in group.answers]
@@ -42,36 +42,34 @@ class Scorer(nn.Module):
 
 
 def packed_logprobs(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """The log-probs of `Scorer.forward` in one pass over packed rows; logits are made of the slots that need them."""
+    """The log-probs of `Scorer.forward` in one pass over packed slots; logits are made of the slots that need them."""
     inner = _inner(model)
-    if packed.causal:  # what stands to the right is not seen anyway, so nothing of a row needs a mask
-        mask = torch.ones_like(packed.input_ids)
-    else:
-        seen = visible(packed.branch)
-        dtype = inner.get_input_embeddings().weight.dtype
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
     hidden = inner.base_model(
-        input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False
+        input_ids=packed.input_ids,
+        attention_mask=torch.ones_like(packed.input_ids),  # else positions that begin anew would make a mask
+        position_ids=packed.position_ids,
+        use_cache=False,
+        branches=packed,
     ).last_hidden_state
     head = inner.get_output_embeddings()
-    weight: Tensor = head.weight
-    states = hidden.flatten(0, 1).index_select(0, packed.before)
-    if torch.is_autocast_enabled(states.device.type):
-        low = torch.get_autocast_dtype(states.device.type)
-        states, weight = states.to(low), weight.to(low)
+    states = hidden[0].index_select(0, packed.before)
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
     head_logprobs: Callable[..., Tensor] = _HeadLogprobs.apply
-    return head_logprobs(states, weight, head.bias, packed.targets)
+    return head_logprobs(states.to(dtype), head.weight, head.bias, packed.targets)
 
 
 class _HeadLogprobs(torch.autograd.Function):
     """log softmax(h W' + b)[target] row by row, so many rows at a time that logits of all never are in memory.
 
-    With p the softmax and g the gradient of a row's log-prob, that of its logits is g (onehot(target) - p).
+    With p the softmax and g the gradient of a row's log-prob, that of its logits is g (onehot(target) - p). Products
+    are made in the dtype of the states, as autocast would, the sums over rows in that of the weights.
     """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        needed = any(ctx.needs_input_grad)
+        needed, ctx.exact = any(ctx.needs_input_grad), weight.dtype
+        weight = weight.to(states.dtype)
         keeps = needed and targets.numel() * weight.shape[0] <= LOGITS_KEPT
         ctx.bias, ctx.kept = bias, [] if keeps else None
         made, normalisers = [], []
@@ -92,7 +90,7 @@ class _HeadLogprobs(torch.autograd.Function):
         states, weight, targets, normalisers = ctx.saved_tensors
         to_states, to_weight, to_bias, _ = ctx.needs_input_grad
         of_states = torch.empty_like(states) if to_states else None
-        of_weight = torch.zeros_like(weight) if to_weight else None
+        of_weight = torch.zeros_like(weight, dtype=ctx.exact) if to_weight else None
         of_bias = torch.zeros_like(ctx.bias) if to_bias else None
         for i, rows in enumerate(_chunks(targets, weight)):
             logits = linear(states[rows], weight, ctx.bias) if ctx.kept is None else ctx.kept[i]
@@ -106,8 +104,10 @@ class _HeadLogprobs(torch.autograd.Function):
             slope = slope.to(states.dtype)
             if of_states is not None:
                 of_states[rows] = slope @ weight
-            if of_weight is not None:
+            if of_weight is not None and of_weight.dtype == states.dtype:
                 of_weight.addmm_(slope.T, states[rows])
+            elif of_weight is not None:
+                of_weight += slope.T @ states[rows]
         return of_states, of_weight, of_bias, None
 
 
@@ -122,7 +122,7 @@ def _inner(model: Any) -> Any:
 
 
 def _window(model: nn.Module) -> float:
-    """Slots up to which a token sees all that stands before it: some architectures look back only so far."""
+    """Tokens up to which one sees all that stands before it: some architectures look back only so far."""
     config = _inner(model).config
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((window for window in windows if window), default=math.inf)
@@ -131,20 +131,22 @@ def _window(model: nn.Module) -> float:
 def reads_packed(model: nn.Module) -> bool:
     """Whether a model reads packed rows as it reads plain ones: tried out once for every architecture.
 
-    It must take a mask (`MASKED`) and positions, see nothing of another branch, and make its logits by one plain linear
-    layer from its last states. Models with state spaces, biases by distance, or scaled or capped logits do not.
+    It must go through the attention interface of transformers, take positions, see nothing of another branch, and make
+    its logits by one plain linear layer from its last states. Models with state spaces, attention of their own, or
+    scaled or capped logits do not. From here on its attention is `branches.attend`, elsewhere the same as `sdpa`.
     """
     inner = _inner(model)
     head = inner.get_output_embeddings()
-    if inner.config._attn_implementation not in MASKED or type(head) is not nn.Linear:
+    attention = inner.config._attn_implementation
+    if attention not in ("sdpa", branches.NAME) or type(head) is not nn.Linear:
         return False
     kept = f"{type(inner).__name__} {head.weight.dtype} {inner.device.type} {inner.config.to_json_string()}"
     if kept not in _found:
+        inner.set_attn_implementation(branches.NAME)
         _found[kept] = _tried(model)
-        if not _found[kept]:
-            log.info(
-                "%s does not read prompts with several answers: each answer is read by itself", type(inner).__name__
-            )
+    inner.set_attn_implementation(branches.NAME if _found[kept] else attention)
+    if not _found[kept]:
+        log.info("%s does not read prompts with several answers: each is read by itself", type(inner).__name__)
     return _found[kept]
 
 
@@ -154,7 +156,7 @@ def _tried(model: nn.Module) -> bool:
     coarse = next(model.parameters()).dtype != torch.float32
     groups = [Group([1, 2, 3], ([4, 5], [6, 1, 2])), Group([2], ([3, 3, 4, 5, 1],)), Group([5, 4], ([1], [2, 6, 3]))]
     other = [Group([1, 2, 3], ([6, 5], [6, 1, 2])), *groups[1:]]
-    if max(group.slots for group in groups) >= _window(model):
+    if max(group.longest for group in groups) >= _window(model):
         return False
     try:
         packed, moved = (packed_logprobs(model, pack(rows, _inner(model).device)) for rows in (groups, other))

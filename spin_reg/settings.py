@@ -286,12 +286,12 @@ class Wandb(Tracker):
 class Hardware:
     """Where and how models run. `precision=bf16` is autocast over the weights' own dtype.
 
-    `batch_tokens`: what the model reads at once in training and scoring, padding included; one row always fits.
+    `batch_tokens`: what the model reads at once in training and scoring; one prompt with its answers always fits.
     `micro_batch_size` pairs and `score_batch_size` answers are the most, where that is to be fewer.
     """
 
     precision: Precision = Precision.fp32
-    batch_tokens: int = runtime(1024)
+    batch_tokens: int = runtime(2048)
     micro_batch_size: int | None = runtime(None)
     score_batch_size: int | None = runtime(None)
     gradient_checkpointing: bool = runtime(False)

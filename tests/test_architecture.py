@@ -46,7 +46,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "join", "scorer", "selfcheck"},
+        | {"checkpoint", "fit", "join", "branches", "scorer", "selfcheck"},
         {
             "torch",
             "numpy",

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from spin_reg import scorer
 from spin_reg.logprobs import collate, token_logprobs
-from spin_reg.packing import Group, cut, lengths, pack, sums, visible
+from spin_reg.packing import Group, cut, lengths, pack, sums
 from spin_reg.scorer import Scorer, reads_packed
 
 GROUPS = [
@@ -49,10 +49,10 @@ every_family = pytest.mark.parametrize(
 
 @every_family
 def test_packed_rows_are_plain_ones(name: str, attention: str) -> None:
-    """To 1e-5 a token in float32. Gemma 2 caps its logits, so it is read the plain way, and agrees as well."""
+    """To 1e-5 a token in float32. With eager attention, as Gemma 2's, answers are read one by one."""
     model = build(name, attention)
     policy = Scorer(model)
-    assert policy.packs == (name != "gemma2")
+    assert policy.packs == (attention == "sdpa")
     with torch.no_grad():
         assert (policy(GROUPS) - plain(model, GROUPS)).abs().max() < 1e-5
         single = [Group(g.prompt, g.answers[:1]) for g in GROUPS]
@@ -135,7 +135,7 @@ def test_rows_longer_than_a_window_are_read_the_plain_way() -> None:
     torch.manual_seed(0)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     policy = Scorer(model)
-    assert policy.packs and max(g.slots for g in GROUPS) > 10 > GROUPS[0].slots
+    assert policy.packs and max(g.longest for g in GROUPS) > 10 > GROUPS[0].longest
     with torch.no_grad():
         for groups in (GROUPS, GROUPS[:2]):
             assert (policy(groups) - plain(model, groups)).abs().max() < 1e-5
@@ -153,18 +153,25 @@ def test_a_prompt_is_read_once_and_no_logits_are_made_but_those_that_are_read() 
         policy(GROUPS)
     handle.remove()
     (ids,) = seen
-    assert ids.shape == (4, max(g.slots for g in GROUPS))
-    assert ids[2, :13].tolist() == GROUPS[2].prompt and ids[2].tolist().count(16) == 1
+    assert ids.tolist() == [[t for g in GROUPS for part in (g.prompt, *(a[:-1] for a in g.answers)) for t in part]]
+    assert ids.shape == (1, sum(g.slots for g in GROUPS)) and ids.tolist()[0].count(16) == 1
 
 
-def test_a_slot_sees_its_prompt_and_its_branch() -> None:
-    (seen,) = visible(pack(GROUPS[:1]).branch)[0]
-    #   x  x  x  a  a  b  b  b  b
-    rows = ["x........", "xx.......", "xxx......", "xxxx.....", "xxxxx....",
-            "xxx..x...", "xxx..xx..", "xxx..xxx.", "xxx..xxxx"]  # fmt: skip
-    assert ["".join("x" if s else "." for s in row) for row in seen.tolist()] == rows
-    positions = pack(GROUPS[:1]).position_ids
-    assert positions.tolist() == [[0, 1, 2, 3, 4, 3, 4, 5, 6]]
+def test_every_answer_unfolds_into_a_causal_row_of_its_own() -> None:
+    packed = pack(GROUPS)
+    ids, places = packed.input_ids[0], packed.position_ids[0]
+    rows = sorted(([*g.prompt, *answer[:-1]] for g in GROUPS for answer in g.answers), key=len)
+    found = [slots for block in packed.unfold for slots in block]
+    for slots, row in zip(found, rows, strict=True):
+        assert ids[slots][: len(row)].tolist() == row
+        assert places[slots][: len(row)].tolist() == list(range(len(row)))
+    flat = torch.cat([block.flatten() for block in packed.unfold])
+    assert flat[packed.fold].tolist() == list(range(sum(g.slots for g in GROUPS)))
+
+
+def test_rows_of_like_length_go_through_attention_together() -> None:
+    groups = [Group([1] * n, ([2] * n,)) for n in (100, 10, 99, 60, 11)]
+    assert [tuple(block.shape) for block in pack(groups).unfold] == [(2, 21), (1, 119), (2, 199)]
 
 
 def test_sums_are_those_of_answers() -> None:
@@ -182,7 +189,7 @@ def test_batches_hold_every_row_once_and_no_more_than_they_may(slots: list[int],
     assert sorted(itertools.chain(*batches)) == list(range(len(slots)))
     for rows in batches:
         assert len(rows) <= (most or len(slots))
-        assert len(rows) == 1 or len(rows) * max(slots[i] for i in rows) <= tokens
+        assert len(rows) == 1 or sum(slots[i] for i in rows) <= tokens
     flat = [slots[i] for i in itertools.chain(*batches)]
     assert flat == sorted(flat)
 

@@ -1,5 +1,6 @@
 """What each stage is given, as frozen plain values; a stage's fingerprint covers all but the `runtime` fields."""
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -125,6 +126,10 @@ class GenerateSpec(Kept):
         plain = self.generation.temperature == 1 and self.generation.top_p == 1
         return plain and self.policy.layout is None
 
+    def asked(self, names: Sequence[str]) -> list[int]:
+        """The places of the examples that this iterate answers."""
+        return [i for i, name in enumerate(names) if self.draw is None or self.draw.deal(name) == self.k]
+
 
 @dataclass(frozen=True)
 class PublishedSpec(Kept):
@@ -156,6 +161,17 @@ class ScoreSpec(Kept):
     first: int | None
     policy: Policy
     hardware: Hardware
+
+    def asked(self, names: Sequence[str], answered: Container[str] | None) -> list[int]:
+        """The places of the examples whose answers are scored; `answered`: those that `j` answered, None for real ones.
+
+        It takes no answers, so that a plan can be counted before anything is drawn.
+        """
+        return [
+            i
+            for i, name in enumerate(names[: self.first])
+            if answered is None or (name in answered and (self.draw is None or self.draw.deal(name) == self.j))
+        ]
 
 
 @dataclass(frozen=True)

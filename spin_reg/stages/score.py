@@ -12,7 +12,7 @@ from spin_reg.errors import NonFiniteError
 from spin_reg.packing import Group, cut, lengths, sums
 from spin_reg.scorer import Scorer
 from spin_reg.specs import ScoreSpec, Split
-from spin_reg.tables import ById, Row, Rows
+from spin_reg.tables import Row, Rows
 
 SHARD = 1024
 
@@ -67,9 +67,8 @@ def answer_rows(spec: ScoreSpec, inputs: dict[str, Path]) -> Rows:
     """The answers to score, as rows with example_id, prompt_ids and the answer's ids."""
     data = inputs["data"] / f"{spec.split}.parquet"
     examples = tables.read(data, columns=["example_id", "prompt_ids", "real_ids"])
-    names = tables.column("example_id", data)[: spec.first]
     answers = None if spec.j is None else tables.ById(inputs["answers"] / "answers.parquet", ["generated_ids"])
-    asked = [i for i, name in enumerate(names) if answers is None or _asked(spec, name, answers)]
+    asked = spec.asked(tables.column("example_id", data), answers)
 
     def row(n: int) -> Row:
         example = examples[asked[n]]
@@ -78,7 +77,3 @@ def answer_rows(spec: ScoreSpec, inputs: dict[str, Path]) -> Rows:
         return {"example_id": name, "prompt_ids": example["prompt_ids"], "ids": ids}
 
     return Rows(len(asked), row)
-
-
-def _asked(spec: ScoreSpec, name: str, answers: ById) -> bool:
-    return name in answers and (spec.draw is None or spec.draw.deal(name) == spec.j)

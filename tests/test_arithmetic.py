@@ -186,7 +186,7 @@ def test_a_run_makes_just_the_rows_of_its_plan(pairs: str, train: Train) -> None
 
 
 def test_a_sweep_makes_each_stage_of_its_plans_once(command: Command, tmp_path: Path) -> None:
-    """Five alphas over three iterations, by what the runs' logs say was made: no fingerprint twice, and none missing."""
+    """Five alphas over three iterations, by what their logs say was made: no fingerprint twice, none missing."""
     words = [*SMALL, "schedule.iterations=3", f"outputs={tmp_path}"]
     result = command("train", "-m", *words, f"alpha={','.join(ALPHAS)}")
     assert result.code == 0, result.err

@@ -78,7 +78,9 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
         elif isinstance(spec, ScoreSpec):
             answers = needs.get("answers")
             share = 1.0
-            if answers is not None and isinstance(answers.spec, GenerateSpec) and answers.spec.draw is not None:
+            if spec.draw is not None and spec.j is not None:  # under `reuse`: what is left of older answers
+                share = _share(spec.draw.samplers[-1], spec.j)
+            elif answers is not None and isinstance(answers.spec, GenerateSpec) and answers.spec.draw is not None:
                 share = _share(answers.spec.draw.samplers[-1], answers.spec.k)
             some = rows[spec.split] if spec.first is None else min(spec.first, rows[spec.split])
             scored += round(some * share) * _longest(stage)

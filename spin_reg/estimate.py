@@ -97,7 +97,7 @@ def _scored(stage: Stage, spec: ScoreSpec, prompts: int) -> int:
     shares = [1.0] if spec.real else []
     for j in spec.window:
         made = stage.needs[answers_role(j)].spec
-        drawn = made.draw if isinstance(made, GenerateSpec) else None
+        drawn = spec.draw or (made.draw if isinstance(made, GenerateSpec) else None)  # under `reuse`: what is left
         shares.append(1.0 if drawn is None else _share(drawn.samplers[-1], j))
     data = _dataset(stage)
     read = 1.0 if spec.real else min(1.0, sum(shares))

@@ -1,5 +1,6 @@
 """What each stage is given, as frozen plain values; a stage's fingerprint covers all but the `runtime` fields."""
 
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -127,6 +128,10 @@ class GenerateSpec(Kept):
         plain = self.generation.temperature == 1 and self.generation.top_p == 1
         return plain and self.policy.layout is None
 
+    def asked(self, names: Sequence[str]) -> list[int]:
+        """The places of the examples that this iterate answers."""
+        return [i for i, name in enumerate(names) if self.draw is None or self.draw.deal(name) == self.k]
+
 
 @dataclass(frozen=True)
 class PublishedSpec(Kept):
@@ -166,6 +171,24 @@ class ScoreSpec(Kept):
     def most(self) -> int:
         """How many answers one prompt may have here."""
         return self.real + (len(self.window) if self.draw is None else bool(self.window))
+
+    def asked(self, names: Sequence[str], answered: Mapping[int, Container[str]]) -> dict[int, tuple[int | None, ...]]:
+        """The places of the examples that have something to score, with the iterates whose answers that are.
+
+        None stands for the real answer. It takes no answers, so that a plan can be counted before anything is drawn.
+
+        Args:
+            answered: the examples that each iterate of the window answered.
+        """
+        found: dict[int, tuple[int | None, ...]] = {}
+        kept: dict[tuple[int | None, ...], tuple[int | None, ...]] = {}  # few are different
+        for i, name in enumerate(names[: self.first]):
+            dealt = self.window if self.draw is None else (self.draw.deal(name),)
+            given = tuple(j for j in self.window if j in dealt and name in answered[j])
+            if self.real or given:
+                whose = (None, *given) if self.real else given
+                found[i] = kept.setdefault(whose, whose)
+        return found
 
 
 @dataclass(frozen=True)

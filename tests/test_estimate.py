@@ -68,6 +68,17 @@ def test_tokens_of_fictitious_play() -> None:
     assert (found.pairs, found.trained) == (300, 3 * 100 * (7 + 2 * 5))
 
 
+def test_tokens_of_fictitious_play_that_reuses() -> None:
+    """N/(t + 1) answers and 3N - N/(t + 1) log-probs at iteration t, of which N/(t + 1) come with the answers. The
+    newest reads the prompts of the answers that stay once, with the real ones.
+    """
+    found = work("regularizer=fictitious_play", "regularizer.pairs=reuse")
+    assert found.drawn == pytest.approx(5 * sum(100 / (t + 1) for t in range(3)), rel=0.01)
+    read = sum(12 * (300 - 200 / (t + 1)) - 7 * 100 * (1 - 1 / (t + 1)) for t in range(3))
+    assert found.scored == pytest.approx(read, rel=0.01)
+    assert found.pairs == 300
+
+
 def test_union_trains_on_every_iterates_answers() -> None:
     assert work("regularizer=mixture_of_two", "regularizer.pairs=union").pairs == 100 + 200 + 200
 

@@ -69,6 +69,5 @@ def prompts(spec: GenerateSpec, path: Path) -> Rows:
     rows = tables.read(path, columns=["example_id", "prompt_ids"])
     if spec.draw is None:
         return rows
-    names = tables.column("example_id", path)
-    dealt = [i for i, name in enumerate(names) if spec.draw.deal(name) == spec.k]
+    dealt = spec.asked(tables.column("example_id", path))
     return Rows(len(dealt), lambda n: rows[dealt[n]])

@@ -76,19 +76,14 @@ def asked(spec: ScoreSpec, inputs: Mapping[str, Path]) -> Rows:
     """
     path = inputs["data"] / f"{spec.split}.parquet"
     examples = tables.read(path, columns=["example_id", "prompt_ids", "real_ids"])
-    names = tables.column("example_id", path)[: spec.first]
     given = {j: tables.ById(inputs[answers_role(j)] / "answers.parquet", ["generated_ids"]) for j in spec.window}
-
-    def of(name: str) -> list[int]:
-        return [j for j in spec.window if name in given[j] and (spec.draw is None or spec.draw.deal(name) == j)]
-
-    kept = [i for i, name in enumerate(names) if spec.real or of(name)]
+    whose = spec.asked(tables.column("example_id", path), given)
+    places = list(whose)
 
     def row(n: int) -> Row:
-        example = examples[kept[n]]
-        name = example["example_id"]
-        answers: dict[int | None, list[int]] = {None: example["real_ids"]} if spec.real else {}
-        answers |= {j: given[j][name]["generated_ids"] for j in of(name)}
+        example = examples[places[n]]
+        name, real = example["example_id"], example["real_ids"]
+        answers = {j: real if j is None else given[j][name]["generated_ids"] for j in whose[places[n]]}
         return {"example_id": name, "prompt_ids": example["prompt_ids"], "answers": answers}
 
-    return Rows(len(kept), row)
+    return Rows(len(places), row)

@@ -1,8 +1,13 @@
 """What a stage is handed besides its spec and its inputs: ways to say how far it is, and to be asked to stop."""
 
+import json
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+EVERY = 10.0  # seconds between the log's lines on how far a stage is
+log = logging.getLogger(__name__)
 
 
 def _quiet_progress(done: int, total: int, unit: str) -> None:
@@ -28,3 +33,28 @@ class Context:
     progress: Callable[[int, int, str], None] = _quiet_progress
     log: Callable[[dict[str, Any]], None] = _quiet_log
     poll: Callable[[], None] = _never
+
+
+@dataclass
+class Logged:
+    """A progress function that also says in the log how far a stage is, and how long that took since its first call.
+
+    What was there before, from a run that was stopped, is not counted.
+    """
+
+    name: str
+    progress: Callable[[int, int, str], None]
+    clock: Callable[[], float]
+    first: tuple[int, float] | None = field(default=None, init=False)
+    said: float = field(default=0.0, init=False)
+
+    def __call__(self, done: int, total: int, unit: str) -> None:
+        self.progress(done, total, unit)
+        now = self.clock()
+        if self.first is None:
+            self.first, self.said = (done, now), now
+        since, began = self.first
+        if now - self.said >= EVERY and done > since:
+            self.said = now
+            at = {"done": done, "total": total, "since": since, "seconds": round(now - began, 2)}
+            log.info("%s: at %s", self.name, json.dumps(at))

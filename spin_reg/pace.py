@@ -1,43 +1,15 @@
 """How fast a run's stages were, from its log, and what that says of those still to be made."""
 
 import json
-import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from spin_reg import estimate
 from spin_reg.plan import Stage
 from spin_reg.specs import Split
 
-EVERY = 10.0  # seconds between the log's lines on how far a stage is
 LINE = re.compile(r": (\S+): (took|at|todo) (.+)$", flags=re.M)
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class Logged:
-    """A progress function that also says in the log how far a stage is, and how long that took since its first call.
-
-    What was there before, from a run that was stopped, is not counted.
-    """
-
-    name: str
-    progress: Callable[[int, int, str], None]
-    clock: Callable[[], float]
-    first: tuple[int, float] | None = field(default=None, init=False)
-    said: float = field(default=0.0, init=False)
-
-    def __call__(self, done: int, total: int, unit: str) -> None:
-        self.progress(done, total, unit)
-        now = self.clock()
-        if self.first is None:
-            self.first, self.said = (done, now), now
-        since, began = self.first
-        if now - self.said >= EVERY and done > since:
-            self.said = now
-            at = {"done": done, "total": total, "since": since, "seconds": round(now - began, 2)}
-            log.info("%s: at %s", self.name, json.dumps(at))
 
 
 @dataclass(frozen=True)
@@ -78,7 +50,7 @@ class Left:
 
     def words(self) -> str:
         if not self.timed:
-            return "nothing left" if not self.unknown else "not known before stages of this run have been timed"
+            return "nothing left" if not self.unknown else "not known before the first stages have been timed"
         text = f"about {duration(self.seconds)} left, at the pace so far"
         return text + (f"; {', '.join(self.unknown)} not timed yet, and not counted" if self.unknown else "")
 

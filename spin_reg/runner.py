@@ -10,8 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_reg import durable, pace, rundir, stopping, usage
-from spin_reg.context import Context
+from spin_reg import durable, rundir, stopping, usage
+from spin_reg.context import Context, Logged
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
@@ -203,7 +203,7 @@ class _Maker:
         held = {role: str(content) for role, content in contents(self.root, stage).items()}
         work, sealed = rundir.begin(self.root, stage, held)
         if not sealed:
-            context = replace(context, progress=pace.Logged(stage.name, context.progress, self.clock))
+            context = replace(context, progress=Logged(stage.name, context.progress, self.clock))
             self.run(stage, {role: self.root / need.folder for role, need in stage.needs.items()}, work, context)
             rundir.seal(stage, work, held)
         self._same_as_before(stage, work)

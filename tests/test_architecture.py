@@ -139,3 +139,17 @@ def test_no_module_is_long_and_no_function(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno <= 66, f"{path.name}: {node.name}"
+
+
+def test_no_circle_of_imports_when_modules_load() -> None:
+    """Whichever module is imported first: what is imported inside functions does not count."""
+
+    def needs(path: Path) -> set[str]:
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        return {name.split(".")[1] for name in imports(ast.Module(top, [])) if name.startswith("spin_reg.")}
+
+    left = {part(path): needs(path) for path in MODULES if path.parent == PACKAGE}
+    while ready := [name for name, needed in left.items() if not needed & set(left)]:
+        for name in ready:
+            del left[name]
+    assert not left

@@ -7,16 +7,16 @@ import pytest
 from conftest import SMALL, Command
 from test_estimate import ROWS, loaded
 
-from spin_reg import pace
+from spin_reg.context import EVERY, Logged
 from spin_reg.estimate import work
-from spin_reg.pace import Logged, Timed, duration, left, timed
+from spin_reg.pace import Timed, duration, left, timed
 from spin_reg.plan import Sources, plan
 
 LOG = """2026-01-01 00:00:00,000 INFO spin_reg.runner: data: todo (not made yet)
 2026-01-01 00:00:00,000 INFO spin_reg.runner: data: took {"seconds": 2.5, "peak_memory": 1}
 2026-01-01 00:00:00,000 INFO spin_reg.runner: iteration-00/train: todo (not made yet)
-2026-01-01 00:00:00,000 INFO spin_reg.pace: iteration-00/train: at {"done": 3, "total": 12, "since": 1, "seconds": 8.0}
-2026-01-01 00:00:00,000 INFO spin_reg.pace: iteration-00/train: at {"done": 6, "total": 12, "since": 1, "seconds": 30.0}
+2026-01-01 00:00:00,000 INFO context: iteration-00/train: at {"done": 3, "total": 12, "since": 1, "seconds": 8.0}
+2026-01-01 00:00:00,000 INFO context: iteration-00/train: at {"done": 6, "total": 12, "since": 1, "seconds": 30.0}
 """
 
 
@@ -57,11 +57,11 @@ def test_the_log_is_told_from_time_to_time(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO):
         for done in range(4, 10):  # 4 were there before
             told(done, 9, "step")
-            now[0] += pace.EVERY / 2
+            now[0] += EVERY / 2
     assert [at[0] for at in heard] == list(range(4, 10))
     assert len(caplog.messages) == 2
     (found,) = timed("".join(f": {line}\n" for line in caplog.messages)).values()
-    assert found == Timed(9 * pace.EVERY / 2, pytest.approx(1 / 9))
+    assert found == Timed(9 * EVERY / 2, pytest.approx(1 / 9))
 
 
 def test_plan_says_how_long_it_may_take(command: Command, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -293,7 +293,7 @@ def test_a_terminal_has_a_bar_for_the_look_at_the_data(
         patch.setattr(sys, "stderr", shown)
         assert command(*words).code == 0
     bare = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
-    assert re.search(r"\[1/7\] data .* 16/600 rows", bare), bare
+    assert re.search(r"\[1/6\] data .* 16/600 rows", bare), bare
 
 
 def test_the_time_left_is_that_of_what_is_counted_now(monkeypatch: pytest.MonkeyPatch) -> None:

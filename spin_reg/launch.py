@@ -20,26 +20,25 @@ from spin_reg import (
     config,
     durable,
     estimate,
-    hub,
+    harness,
+    origins,
     rundir,
     runlog,
     runner,
     sizes,
-    sources,
     space,
     stopping,
     tracking,
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
-from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.errors import ConfigError, RunBusy
 from spin_reg.fingerprint import file_sha256, plain
 from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
-from spin_reg.settings import KeepIterates, Model, Pretrained
-from spin_reg.specs import PrepareSpec, Split
+from spin_reg.settings import KeepIterates
+from spin_reg.specs import BenchmarkSpec, PrepareSpec, Split
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
 QUIET = {
@@ -90,7 +89,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
             settings = replace(settings, schedule=schedule)
     else:
         sizes.check_positions(settings.model, settings.dataset, settings.generation)
-    found = _sources(settings, (saved or {}).get("sources", {}))
+    found = origins.found(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
     if only_evaluate:
@@ -99,7 +98,10 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
         stages = [stage for stage in stages if stage.name in kept]
     written = _config_whole(root, saved)
-    return Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate)
+    planned = Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate)
+    if any(isinstance(stage.spec, BenchmarkSpec) for stage in _todo(planned)):
+        harness.check()
+    return planned
 
 
 def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> None:
@@ -229,45 +231,6 @@ def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any])
         )
 
 
-def _sources(settings: Config, known: dict[str, Any]) -> Sources:
-    """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
-    model, commit = _recorded(known.get("model"), _stamp(settings.model)), None
-    if model is None:
-        model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
-        if isinstance(settings.model, Pretrained):
-            commit = sources.model_revision(settings.model)
-    elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
-        commit = known["model"]["commit"]
-        hub.pin(settings.model, commit)  # a branch may have moved since
-    data = _recorded(known.get("data"), _stamp(settings.dataset))
-    if data is None:
-        data = [sources.data_sha256(settings.dataset)]
-    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit)
-
-
-def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
-    return entry["sha256"] if entry is not None and stamp is not None and entry["stamp"] == stamp else None
-
-
-def _stamp(source: Model | Dataset) -> Any:
-    """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
-    if isinstance(source, Pretrained):
-        folder = Path(source.name_or_path).expanduser()
-        files = [] if source.chat_template is None else [Path(source.chat_template).expanduser()]
-        named = [] if folder.exists() else [source.name_or_path, source.revision]
-        files += sorted(folder.glob("*"))
-        return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
-    if isinstance(source, Mixture):
-        stamps = [_stamp(part) for part in parts(source)]
-        return None if None in stamps else stamps
-    if isinstance(source, Jsonl):
-        path = Path(source.path).expanduser()
-        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-    if isinstance(source, Hub):
-        return None if Path(source.path).is_dir() else [source.path, source.revision]
-    return []
-
-
 def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
     settings, found = planned.config, planned.sources
     path = planned.root / rundir.RUN
@@ -279,14 +242,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "cwd": before.get("cwd") or str(Path.cwd()),
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
-        "sources": {
-            "model": {
-                "stamp": _stamp(settings.model),
-                "sha256": [found.model, found.tokenizer],
-                "commit": found.commit,
-            },
-            "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
-        },
+        "sources": origins.record(settings, found, before.get("sources", {})),
         "versions": before.get("versions") or _versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),

@@ -16,10 +16,12 @@ GROUND = {
     "regularizers",
     "settings",
     "corpora",
+    "benchmarks",
     "specs",
     "context",
     "redact",
     "stopping",
+    "child",
     "usage",
 }
 FLOORS: list[tuple[set[str], set[str]]] = [
@@ -46,7 +48,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "join", "scorer", "selfcheck"},
+        | {"checkpoint", "fit", "join", "scorer", "selfcheck", "harness"},
         {
             "torch",
             "numpy",
@@ -60,14 +62,18 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "gguf",
             "huggingface_hub",
             "jinja2",
+            "yaml",
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
-        {"plan", "policies", "rundir", "runner", "launch", "space", "estimate", "runlog", "tracking"},
+        {"plan", "policies", "rundir", "runner", "launch", "origins", "space", "estimate", "runlog", "tracking"},
         {"filelock", "wandb", "accelerate"},
     ),
-    ({"cli", "console", "overrides", "runs", "export", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),
+    (
+        {"cli", "console", "scoreboard", "overrides", "runs", "export", "vetting", "status"},
+        {"hydra", "rich", "omegaconf", "yaml"},
+    ),
 ]
 LATE_ONLY = {
     "launch",

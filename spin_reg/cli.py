@@ -272,6 +272,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
 def _closing_words(planned: Any, screen: Any) -> None:
     """What came out, and how to go on."""
     from spin_reg.console import iterates_table
+    from spin_reg.scoreboard import benchmarks_table
 
     def say(text: str) -> None:
         screen.console.print(text, markup=False, soft_wrap=True)
@@ -282,9 +283,9 @@ def _closing_words(planned: Any, screen: Any) -> None:
     if not planned.made:
         say(f"{planned.root} is finished: nothing to do.")
     iterations = planned.config.schedule.iterations
-    table = iterates_table(planned.root, iterations)
-    if table is not None:
-        screen.console.print(table)
+    for table in (iterates_table(planned.root, iterations), benchmarks_table(planned.root, planned.stages)):
+        if table is not None:
+            screen.console.print(table)
     place = _short(planned.root)
     newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
     say(f"model    {place}/{newest}/model")

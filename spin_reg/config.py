@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin_reg import corpora, redact, settings
+from spin_reg import benchmarks, corpora, redact, settings
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, identity, plain
 from spin_reg.opponents import Regularizer, normalised
@@ -27,7 +27,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "schedule": {"default": settings.Schedule},
     "loss": {"base": settings.Loss},
     "generation": {"default": settings.Generation},
-    "evaluation": {"default": settings.Evaluation},
+    "evaluation": {"default": benchmarks.Evaluation},
     "tracker": {"base": settings.Tracker, "wandb": settings.Wandb},
     "hardware": {"default": settings.Hardware},
 }
@@ -43,7 +43,7 @@ class Config:
     schedule: settings.Schedule = field(default_factory=settings.Schedule)
     loss: settings.Loss = field(default_factory=settings.Loss)
     generation: settings.Generation = field(default_factory=settings.Generation)
-    evaluation: settings.Evaluation = field(default_factory=settings.Evaluation)
+    evaluation: benchmarks.Evaluation = field(default_factory=benchmarks.Evaluation)
     tracker: settings.Tracker = field(default_factory=settings.Tracker)
     hardware: settings.Hardware = field(default_factory=settings.Hardware)
     alpha: Any = None

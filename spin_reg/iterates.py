@@ -88,6 +88,28 @@ def _from_iterate(folder: Path, policy: Policy) -> Loaded:
     return models.ready(models.from_folder(where, policy, gguf_file), tokenizer)
 
 
+def for_others(folder: Path, *, trusted: bool, tokenizer: Path | None) -> dict[str, str]:
+    """Where another program finds an iterate's weights: `pretrained`, and `peft` or `gguf_file` where it has those.
+
+    Args:
+        tokenizer: where a tokenizer may be written that renders as the run's own does, which the base's may not; None:
+            nothing will be rendered.
+    """
+    if not (folder / BASE_FILE).exists():
+        return {"pretrained": str(folder.absolute())}
+    where, saved = _base_folder(folder / BASE_FILE, trusted)
+    found = {"pretrained": str(where.absolute())} | (
+        {"peft": str(folder.absolute())} if (folder / ADAPTER).exists() else {}
+    )
+    found |= {"gguf_file": saved["gguf_file"]} if "gguf_file" in saved else {}
+    renders = {key: saved[key] for key in ("chat_template", "template_kwargs") if key in saved}
+    if renders and tokenizer is not None:
+        durable.make_folder(tokenizer)
+        models.tokenizer_of(where, trusted, saved.get("gguf_file"), **renders).save_pretrained(tokenizer / "tokenizer")
+        found["tokenizer"] = str(tokenizer / "tokenizer")
+    return found
+
+
 def base_record(spec: Pretrained, sha256: str | None) -> dict[str, Any]:
     """What names a base, and tells whether it is still the same: name, revision, GGUF file, SHA-256 of its files.
 

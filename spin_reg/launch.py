@@ -18,8 +18,9 @@ from spin_reg import (
     config,
     durable,
     estimate,
+    harness,
+    origins,
     pace,
-    provenance,
     rundir,
     runlog,
     runner,
@@ -36,7 +37,7 @@ from spin_reg.plan import Sources, Stage, evaluations, plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, State, Status
 from spin_reg.settings import KeepIterates
-from spin_reg.specs import PrepareSpec, Split
+from spin_reg.specs import BenchmarkSpec, PrepareSpec, Split
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -86,7 +87,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
             settings = replace(settings, schedule=schedule)
     else:
         sizes.check_positions(settings.model, settings.dataset, settings.generation)
-    found = provenance.found(settings, (saved or {}).get("sources", {}))
+    found = origins.found(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
     if only_evaluate:
@@ -95,7 +96,10 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
         stages = [stage for stage in stages if stage.name in kept]
     written = _config_whole(root, saved)
-    return Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate)
+    planned = Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate)
+    if any(isinstance(stage.spec, BenchmarkSpec) for stage in _todo(planned)):
+        harness.check()
+    return planned
 
 
 def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> None:
@@ -243,15 +247,8 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "cwd": before.get("cwd") or str(Path.cwd()),
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
-        "sources": {
-            "model": {
-                "stamp": provenance.stamp(settings.model),
-                "sha256": [found.model, found.tokenizer],
-                "commit": found.commit,
-            },
-            "data": {"stamp": provenance.stamp(settings.dataset), "sha256": [found.data]},
-        },
-        "versions": before.get("versions") or provenance.versions(),
+        "sources": origins.record(settings, found, before.get("sources", {})),
+        "versions": before.get("versions") or origins.versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),
     }
@@ -270,7 +267,7 @@ def _warn_of_versions(root: Path) -> None:
     """Versions are provenance: other ones than the run began with are told, not refused."""
     saved = _saved(root)
     assert saved is not None
-    began, now = saved["versions"], provenance.versions()
+    began, now = saved["versions"], origins.versions()
     changed = [f"{name} {began.get(name)} -> {now[name]}" for name in now if began.get(name) != now[name]]
     if changed:
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))

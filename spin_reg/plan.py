@@ -4,18 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from spin_reg import opponents
+from spin_reg import opponents, policies
+from spin_reg.benchmarks import TaskFiles
 from spin_reg.config import Config
 from spin_reg.corpora import Toy, published
 from spin_reg.fingerprint import digest, identity
 from spin_reg.opponents import Draw, Opponent, Pairs
-from spin_reg.policies import adapter, policy
 from spin_reg.schedules import at
-from spin_reg.settings import Pretrained
+from spin_reg.settings import KeepIterates, Pretrained
 from spin_reg.specs import (
     CHECKED,
     AnswersSpec,
     BaseSpec,
+    BenchmarkSpec,
     EvaluateSpec,
     GenerateSpec,
     PairsSpec,
@@ -35,12 +36,16 @@ from spin_reg.specs import (
 
 @dataclass(frozen=True)
 class Sources:
-    """What the settings point at, by content: None where it is made on the spot. `commit`: of a model of the Hub."""
+    """What the settings point at, by content: None where it is made on the spot. `commit`: of a model of the Hub.
+
+    `tasks`: of lm-eval, by name.
+    """
 
     model: str | None
     tokenizer: str
     data: str | None
     commit: str | None = None
+    tasks: Mapping[str, TaskFiles] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,21 @@ def _brings(k: int, answers: Stage) -> bool:
 
 
 def plan(config: Config, sources: Sources) -> list[Stage]:
-    """All stages of a run in the order they are made."""
-    builder = _Builder(config, sources)
-    for t in range(config.schedule.iterations):
+    """All stages of a run in the order they are made.
+
+    Benchmarks come last, so that nothing waits for them; or along the way, where weights go along the way.
+    """
+    builder, last = _Builder(config, sources), config.schedule.iterations
+    late = config.keep_iterates is KeepIterates.all
+    for t in range(last + 1):
         builder.evaluate(t)
-        builder.pairs(t)
-        builder.iterate(t + 1)
-    builder.evaluate(config.schedule.iterations)
+        if not late:
+            builder.benchmarks(t)
+        if t < last:
+            builder.pairs(t)
+            builder.iterate(t + 1)
+    for k in range(last + 1 if late else 0):
+        builder.benchmarks(k)
     return list(builder.stages.values())
 
 
@@ -95,7 +108,7 @@ def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
                 keep(need)
 
     for stage in stages:
-        if stage.kind == EvaluateSpec.kind and stage.needs["model"].name in there:
+        if isinstance(stage.spec, EvaluateSpec | BenchmarkSpec) and stage.needs["model"].name in there:
             keep(stage)
     return kept
 
@@ -105,7 +118,7 @@ class _Builder:
 
     def __init__(self, config: Config, sources: Sources) -> None:
         self.config, self.sources = config, sources
-        self.policy = policy(config)
+        self.policy = policies.policy(config)
         self.stages: dict[str, Stage] = {}
         self.scores: dict[tuple[int, str], Stage] = {}  # what is read together, by iterate and what is scored
 
@@ -150,7 +163,7 @@ class _Builder:
             weight_decay=s.weight_decay,
             max_grad_norm=s.max_grad_norm,
             loss=c.loss,
-            lora=adapter(c),
+            lora=policies.adapter(c),
             seed=c.seed,
             policy=self.policy,
             hardware=c.hardware,
@@ -316,3 +329,8 @@ class _Builder:
             k=k, game=game, beta=beta, length_norm=c.loss.length_norm, num_samples=c.evaluation.num_samples
         )
         self._add(f"iterate-{k:02d}/evaluate", spec, needs)
+
+    def benchmarks(self, k: int) -> None:
+        """Iterate k judged by each task of lm-eval that the settings name."""
+        for spec in policies.benchmarks(self.config, self.sources.tasks, k):
+            self._add(f"iterate-{k:02d}/benchmarks/{spec.words}", spec, {"model": self.iterate(k)})

@@ -247,8 +247,39 @@ class EvaluateSpec(Kept):
     num_samples: int
 
 
+@dataclass(frozen=True)
+class BenchmarkSpec(Kept):
+    """Iterate k judged by one task of lm-eval, in a process of its own.
+
+    `files`: SHA-256 of the task's files. `local`: they are all on this machine, so no network is used.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+    version: ClassVar[int] = 1
+    remade: ClassVar[bool] = True
+
+    k: int
+    task: str
+    num_fewshot: int | None
+    apply_chat_template: bool
+    limit: int | None
+    files: str | None
+    dtype: Dtype
+    attn_implementation: str | None
+    trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
+    local: bool = runtime(False)
+    include_path: str | None = runtime(None)
+    batch_size: int = runtime(8)
+
+    @property
+    def words(self) -> str:
+        """The task and how it is given, as a folder's name: another way lies in another folder."""
+        shots = "" if self.num_fewshot is None else f"-{self.num_fewshot}shot"
+        return self.task + shots + "-chat" * self.apply_chat_template + (f"-first{self.limit}" if self.limit else "")
+
+
 AnswersSpec = GenerateSpec | PublishedSpec
-Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | EvaluateSpec
+Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | EvaluateSpec | BenchmarkSpec
 
 
 def answers_role(j: int) -> str:

@@ -25,6 +25,7 @@ GRACE = 8.0  # seconds
 
 _asked: list[int] = []  # the signals that came
 _last_words: list[Callable[[], None]] = []
+_ends: list[Callable[[], None]] = []  # what ends the programs that run beside this process
 _folders: "WeakSet[TemporaryDirectory[str]]" = WeakSet()
 _how: list[tuple[str, Path]] = []  # other commands that go on, each once a file is there
 
@@ -92,6 +93,16 @@ def saving(save: Callable[[], None]) -> Iterator[None]:
         _last_words.remove(save)
 
 
+@contextmanager
+def ending(end: Callable[[], None]) -> Iterator[None]:
+    """Have `end` called, from another thread, where this process is ended at once; it must be quick."""
+    _ends.append(end)
+    try:
+        yield
+    finally:
+        _ends.remove(end)
+
+
 def _ignore(number: int, frame: Any) -> None:
     """The handler in the main thread: without one a signal would do what it does by default."""
 
@@ -133,6 +144,8 @@ def _give_up() -> None:
 def _end() -> None:
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h\n")  # a live line had hidden the cursor
+    for end in list(_ends):
+        end()
     for folder in list(_folders):
         shutil.rmtree(folder.name, ignore_errors=True)
     _say(f"to go on: {_to_go_on()}")

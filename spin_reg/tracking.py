@@ -132,7 +132,7 @@ class WandbMirror:
         if index < self.first:
             return
         payload = dict(row) | {"step_in_all": index}
-        if "iterate" in row:
+        if "iterate" in row and "task" not in row:  # a benchmark's row has none
             payload |= self._samples(row["iterate"])
         self._run.log(payload, step=index)
 

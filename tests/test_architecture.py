@@ -16,10 +16,12 @@ GROUND = {
     "regularizers",
     "settings",
     "corpora",
+    "benchmarks",
     "specs",
     "context",
     "redact",
     "stopping",
+    "child",
     "usage",
 }
 FLOORS: list[tuple[set[str], set[str]]] = [
@@ -46,7 +48,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "join", "branches", "scorer", "selfcheck"},
+        | {"checkpoint", "fit", "join", "branches", "scorer", "selfcheck", "harness"},
         {
             "torch",
             "numpy",
@@ -60,6 +62,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "gguf",
             "huggingface_hub",
             "jinja2",
+            "yaml",
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
@@ -68,7 +71,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "plan",
             "policies",
             "pace",
-            "provenance",
+            "origins",
             "rundir",
             "runner",
             "launch",
@@ -79,7 +82,10 @@ FLOORS: list[tuple[set[str], set[str]]] = [
         },
         {"filelock", "wandb", "accelerate"},
     ),
-    ({"cli", "console", "overrides", "runs", "export", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),
+    (
+        {"cli", "console", "scoreboard", "overrides", "runs", "export", "vetting", "status"},
+        {"hydra", "rich", "omegaconf", "yaml"},
+    ),
 ]
 LATE_ONLY = {
     "launch",

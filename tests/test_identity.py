@@ -22,7 +22,8 @@ RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
 NAME = "replaces the run's name, and no stage"
 LENGTH = "a longer run keeps its name and every stage of the shorter one"
-JUDGED = "what is reported of iterates: no name and no stage but evaluate"
+JUDGED = "what is reported of iterates: no name and no stage but evaluate and the benchmarks"
+ASKED = "evaluation.benchmarks=[{task:a}]"
 GROUP = "its keys stand for it"
 
 
@@ -56,7 +57,12 @@ TABLE = [
     Row("dataset.turns", RESULT, "first"),
     Row("dataset.unique", RESULT, "prompt"),
     Row("evaluation", JUDGED, "none"),
+    Row("evaluation.apply_chat_template", JUDGED, "true", given=ASKED),
+    Row("evaluation.benchmark_batch_size", RUNTIME, "3", given=ASKED),
+    Row("evaluation.benchmarks", JUDGED, "[{task: a, num_fewshot: 5}]"),
     Row("evaluation.enabled", JUDGED, "false"),
+    Row("evaluation.include_path", RUNTIME, "mine", given=ASKED),  # what its tasks hold counts: Sources.tasks
+    Row("evaluation.limit", JUDGED, "9", given=ASKED),
     Row("evaluation.num_samples", JUDGED, "3"),
     Row("generation", GROUP),
     Row("generation.batch_size", RUNTIME, "3"),
@@ -210,7 +216,8 @@ def test_every_key_does_what_it_is_declared_to_do(row: Row, option: str) -> None
             assert old != new and old.items() <= new.items()
         if row.effect == JUDGED:
             assert old != new
-            assert {name for name in new if new[name] != old[name]} <= {n for n in new if n.endswith("/evaluate")}
+            judged = {name for name in new if name.endswith("/evaluate") or "/benchmarks/" in name}
+            assert {name for name in new if new[name] != old.get(name)} <= judged
 
 
 def test_alpha_is_a_shorthand() -> None:
@@ -252,7 +259,7 @@ def test_a_new_version_remakes_the_stages_of_its_kind_and_what_comes_after(
     spec: Any, model: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = ("dataset=jsonl", "dataset.path=x.jsonl", "dataset.generated=published")
-    settings = loaded(model + (published if spec.kind == "published" else ()))
+    settings = loaded((*model, *(published if spec.kind == "published" else ()), ASKED))
     stages, old = plan(settings, KNOWN), prints(settings)
     touched: set[str] = set()
     for stage in stages:  # in the order in which they are made

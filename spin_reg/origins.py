@@ -1,11 +1,12 @@
-"""Where a run's results come from: what its settings point at, by content, and the versions of what made them."""
+"""What a run is made from, by content: hashed, or taken over from the run's record while nothing has moved; and by what
+versions of the packages."""
 
 import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, hub, sources
+from spin_reg import __version__, harness, hub, sources
 from spin_reg.config import Config
 from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.plan import Sources
@@ -16,7 +17,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "nu
 
 def found(settings: Config, known: dict[str, Any]) -> Sources:
     """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
-    model, commit = _recorded(known.get("model"), stamp(settings.model)), None
+    model, commit = _recorded(known.get("model"), _stamp(settings.model)), None
     if model is None:
         model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
         if isinstance(settings.model, Pretrained):
@@ -24,17 +25,28 @@ def found(settings: Config, known: dict[str, Any]) -> Sources:
     elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
         commit = known["model"]["commit"]
         hub.pin(settings.model, commit)  # a branch may have moved since
-    data = _recorded(known.get("data"), stamp(settings.dataset))
+    data = _recorded(known.get("data"), _stamp(settings.dataset))
     if data is None:
         data = [sources.data_sha256(settings.dataset)]
-    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit)
+    tasks = harness.tasks(settings.evaluation, known.get("tasks", {}))
+    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit, tasks=tasks)
+
+
+def record(settings: Config, found: Sources, before: dict[str, Any]) -> dict[str, Any]:
+    """What a run folder keeps of its sources; tasks that it was once judged by stay named."""
+    tasks = {name: task.sha256 for name, task in found.tasks.items() if task.sha256 is not None}
+    return {
+        "model": {"stamp": _stamp(settings.model), "sha256": [found.model, found.tokenizer], "commit": found.commit},
+        "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
+        "tasks": before.get("tasks", {}) | tasks,
+    }
 
 
 def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
     return entry["sha256"] if entry is not None and stamp is not None and entry["stamp"] == stamp else None
 
 
-def stamp(source: Model | Dataset) -> Any:
+def _stamp(source: Model | Dataset) -> Any:
     """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
     if isinstance(source, Pretrained):
         folder = Path(source.name_or_path).expanduser()
@@ -43,7 +55,7 @@ def stamp(source: Model | Dataset) -> Any:
         files += sorted(folder.glob("*"))
         return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
     if isinstance(source, Mixture):
-        stamps = [stamp(part) for part in parts(source)]
+        stamps = [_stamp(part) for part in parts(source)]
         return None if None in stamps else stamps
     if isinstance(source, Jsonl):
         path = Path(source.path).expanduser()
@@ -54,5 +66,6 @@ def stamp(source: Model | Dataset) -> Any:
 
 
 def versions() -> dict[str, str]:
+    """Of Python, of this package and of those that results hang on."""
     own = {"python": platform.python_version(), "spin-reg": __version__}
     return own | {name: metadata.version(name) for name in PACKAGES}

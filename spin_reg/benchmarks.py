@@ -1,0 +1,63 @@
+"""The settings of evaluation with benchmarks: which tasks of lm-eval every iterate is judged by, and how."""
+
+import re
+from dataclasses import dataclass, field
+
+from spin_reg import settings
+from spin_reg.settings import MISSING, check, positive, runtime
+
+NAME = re.compile(r"\w[\w.+()-]*")  # a task's name is a word of lm-eval's command, and names a folder
+
+
+@dataclass
+class Benchmark:
+    """A task, group or tag of lm-eval; `num_fewshot` worked examples precede a question (null: as the task says)."""
+
+    task: str = MISSING
+    num_fewshot: int | None = None
+
+    def __post_init__(self) -> None:
+        ok = NAME.fullmatch(self.task) is not None
+        check(ok, f"evaluation.benchmarks: {self.task!r} is no name of a task (and tasks are given by name alone)")
+        ok = self.num_fewshot is None or self.num_fewshot >= 0
+        check(ok, f"evaluation.benchmarks: {self.task} has num_fewshot={self.num_fewshot}: give 0 or more, or null")
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """What a task is by content: one SHA-256 over its files, None where they are not to be had.
+
+    `local`: it reads files of this machine alone, so that its run may be kept off the network.
+    """
+
+    sha256: str | None = None
+    local: bool = False
+
+
+@dataclass
+class Evaluation(settings.Evaluation):
+    """Whether iterates are judged, how many held-out samples are shown, and benchmarks through lm-eval (extra `eval`).
+
+    `include_path`: a folder with task YAMLs of one's own (and Python that they name, which is run).
+    `limit`: only the first so many items of every task, for trying out.
+    """
+
+    benchmarks: list[Benchmark] = field(default_factory=list)
+    include_path: str | None = runtime(None)  # what its tasks hold counts, by content
+    apply_chat_template: bool = False
+    limit: int | None = None
+    benchmark_batch_size: int = runtime(8)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(evaluation__limit=self.limit, evaluation__benchmark_batch_size=self.benchmark_batch_size)
+        names = [benchmark.task for benchmark in self.benchmarks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        check(not twice, f"evaluation.benchmarks: {', '.join(twice)}: give each task once")
+        ok = self.enabled or not self.benchmarks
+        check(ok, "evaluation.enabled=false: it leaves evaluation.benchmarks without effect; leave one of them out")
+        off = {"include_path": None, "apply_chat_template": False, "limit": None, "benchmark_batch_size": 8}
+        for key, value in off.items():
+            given = getattr(self, key)
+            ok = bool(self.benchmarks) or given == value
+            check(ok, f"evaluation.{key}={given}: without benchmarks it does nothing; set evaluation.benchmarks")

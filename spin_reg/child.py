@@ -1,0 +1,80 @@
+"""A program run beside this process: heard while it works, and ended with it."""
+
+import os
+import re
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from threading import Thread
+from typing import IO
+
+from spin_reg import stopping
+
+EVERY = 0.2  # seconds between two looks at it
+PATIENCE = 3.0  # seconds that it has to end when asked to; less than a stopped run has itself
+KEPT = 40  # lines
+
+
+def run(
+    command: Sequence[str], environment: Mapping[str, str], *, poll: Callable[[], None], heard: Callable[[str], None]
+) -> tuple[int, list[str]]:
+    """Run a program to its end: its exit code (negative: the signal that ended it) and the last lines that it said.
+
+    Args:
+        poll: called again and again meanwhile; where it raises, the program and its children are ended first.
+        heard: called, between polls, with the line that it said last; lines that overwrite each other count.
+    """
+    process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
+    )
+    assert process.stdout is not None
+    lines: deque[str] = deque(maxlen=KEPT)
+    reader = Thread(target=_read, args=(process.stdout, lines), name="child", daemon=True)
+    reader.start()
+    with stopping.ending(lambda: _signal(process, signal.SIGKILL)):
+        try:
+            while _running(process):
+                poll()
+                if lines:
+                    heard(lines[-1])
+        finally:
+            _end(process)
+    reader.join(PATIENCE)
+    return process.returncode, list(lines)
+
+
+def _running(process: "subprocess.Popen[bytes]") -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(EVERY)
+    return process.returncode is None
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Where it still runs: ask it to end, and end it where it does not; its children with it."""
+    if process.poll() is None:
+        _signal(process, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        _signal(process, signal.SIGKILL)  # whoever of its group is left
+        process.wait()
+
+
+def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
+    with suppress(OSError):
+        os.killpg(process.pid, number)
+
+
+def _read(stream: IO[bytes], lines: deque[str]) -> None:
+    """Keep the last lines; a bar that draws itself anew begins a line each time."""
+    rest = b""
+    while part := stream.read1(1 << 16):  # type: ignore[attr-defined]
+        *whole, rest = re.split(rb"[\r\n]+", rest + part)
+        lines.extend(line.decode(errors="replace").rstrip() for line in whole if line.strip())
+    lines.extend([rest.decode(errors="replace")] if rest.strip() else [])

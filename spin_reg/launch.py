@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from spin_reg import (
-    __version__,
     config,
     durable,
     estimate,
     hub,
+    results,
     rundir,
     runlog,
     runner,
@@ -29,19 +28,19 @@ from spin_reg import (
     space,
     stopping,
     tracking,
+    versions,
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
-from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.errors import ConfigError, RunBusy
 from spin_reg.fingerprint import file_sha256, plain
-from spin_reg.plan import Sources, Stage, evaluations, plan
+from spin_reg.plan import Sources, Stage, plan
 from spin_reg.redact import redacted
+from spin_reg.results import Stop
 from spin_reg.runner import Listener, State, Status
-from spin_reg.settings import KeepIterates, Model, Pretrained
+from spin_reg.settings import KeepIterates, Pretrained
 from spin_reg.specs import PrepareSpec, Split
 
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -53,7 +52,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Planned:
-    """A run, its folder, its stages, and how each stood when it was planned; `made`: since then, what was missing."""
+    """A run, its folder, its stages, and how each stood when it was planned; `made`: since then, what was missing.
+
+    `stop`: the game ends early, and the stages end there.
+    """
 
     config: Config
     root: Path
@@ -64,11 +66,20 @@ class Planned:
     config_whole: bool
     whole: bool = True  # False where only evaluations were planned
     made: bool = False
+    stop: Stop | None = None
 
     @property
     def finished(self) -> bool:
-        done = all(state.status is Status.done for state in self.states)
+        done = all(state.status is Status.done for state in self.states) and results.recorded(self.root, self.stop)
         return done and self.config_whole and runner.metrics_whole(self.root, self.stages)
+
+    @property
+    def future(self) -> frozenset[str]:
+        """Names of the stages that one more iteration would need."""
+        settings = self.config
+        if self.stop is not None:
+            settings = replace(settings, schedule=replace(settings.schedule, iterations=self.stop.iterate))
+        return space.future(settings, self.sources)
 
 
 def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
@@ -93,17 +104,21 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     found = _sources(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
+    done = [stage for stage, state in zip(stages, states, strict=True) if state.status is Status.done]
+    stop = results.stop(done, root=root, stages=stages, schedule=settings.schedule)
+    if stop is not None:
+        end = results.until(stages, stop.iterate)
+        stages, states = stages[:end], states[:end]
     if only_evaluate:
-        there = {stage.name for stage, state in zip(stages, states, strict=True) if state.status is Status.done}
-        kept = evaluations(stages, there)
+        kept = results.evaluations(stages, {stage.name for stage in done})
         states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
         stages = [stage for stage in stages if stage.name in kept]
     written = _config_whole(root, saved)
-    return Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate)
+    return Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate, stop=stop)
 
 
-def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> None:
-    """Make what is missing of a planned run.
+def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> Planned:
+    """Make what is missing of a planned run; how it came out.
 
     Raises:
         RunBusy: another process owns the folder. Whatever a stage raises.
@@ -127,14 +142,14 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
                 raise RunBusy("This run has changed.", where=str(root), why=why, todo="run the same command again")
         environment(settings)
         _write_provenance(planned, overrides)
-        _run(planned, listener)
+        return _run(planned, listener)
 
 
 def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Need:
     """What the stages still to be made may need on disk; `read`: how many examples the data were found to have."""
     settings = planned.config
-    rows, kept = read or _counts(planned), space.future(settings, planned.sources)
-    return space.need(planned.stages, _todo(planned), settings.model, rows, settings.keep_iterates, kept)
+    todo, rows = _todo(planned), read or _counts(planned)
+    return space.need(planned.stages, todo, settings.model, rows, settings.keep_iterates, planned.future)
 
 
 def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory]:
@@ -159,15 +174,17 @@ def _data_folder(planned: Planned) -> Path:
     return next(iter(copies), planned.root / stage.folder)
 
 
-def _run(planned: Planned, listener: Listener) -> None:
+def _run(planned: Planned, listener: Listener) -> Planned:
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
         _warn_of_versions(root)
         if not planned.config_whole:
             log.warning("%s is damaged or missing: it was written again", root / CONFIG)
         identity = config.flatten(plain(settings))
-        keep, future = settings.keep_iterates, space.future(settings, planned.sources)
-        goes = partial(space.unneeded, planned.stages, keep=keep, future=future)
+        keep = settings.keep_iterates
+        goes = partial(space.unneeded, planned.stages, keep=keep, future=planned.future)
+        enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
+        results.record(root, planned.stop)
         try:
             with tracking.mirror(root, settings.tracker, identity) as mirror:
                 runner.run_all(
@@ -178,10 +195,16 @@ def _run(planned: Planned, listener: Listener) -> None:
                     sink=mirror,
                     clock=time.monotonic,
                     unneeded=goes if planned.whole and keep is not KeepIterates.all else None,
+                    enough=enough if planned.whole else None,
                 )
         except BaseException:
             log.exception("the run ended early")
             raise
+        stop = enough(planned.stages)
+        results.record(root, stop)
+        if stop is not None:
+            log.info("stopped %s", stop.words())
+    return replace(planned, made=True, stop=stop)
 
 
 def _check_data(planned: Planned, listener: Listener) -> dict[Split, int] | None:
@@ -231,7 +254,7 @@ def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any])
 
 def _sources(settings: Config, known: dict[str, Any]) -> Sources:
     """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
-    model, commit = _recorded(known.get("model"), _stamp(settings.model)), None
+    model, commit = _recorded(known.get("model"), sources.stamp(settings.model)), None
     if model is None:
         model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
         if isinstance(settings.model, Pretrained):
@@ -239,7 +262,7 @@ def _sources(settings: Config, known: dict[str, Any]) -> Sources:
     elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
         commit = known["model"]["commit"]
         hub.pin(settings.model, commit)  # a branch may have moved since
-    data = _recorded(known.get("data"), _stamp(settings.dataset))
+    data = _recorded(known.get("data"), sources.stamp(settings.dataset))
     if data is None:
         data = [sources.data_sha256(settings.dataset)]
     return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit)
@@ -247,25 +270,6 @@ def _sources(settings: Config, known: dict[str, Any]) -> Sources:
 
 def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
     return entry["sha256"] if entry is not None and stamp is not None and entry["stamp"] == stamp else None
-
-
-def _stamp(source: Model | Dataset) -> Any:
-    """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
-    if isinstance(source, Pretrained):
-        folder = Path(source.name_or_path).expanduser()
-        files = [] if source.chat_template is None else [Path(source.chat_template).expanduser()]
-        named = [] if folder.exists() else [source.name_or_path, source.revision]
-        files += sorted(folder.glob("*"))
-        return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
-    if isinstance(source, Mixture):
-        stamps = [_stamp(part) for part in parts(source)]
-        return None if None in stamps else stamps
-    if isinstance(source, Jsonl):
-        path = Path(source.path).expanduser()
-        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-    if isinstance(source, Hub):
-        return None if Path(source.path).is_dir() else [source.path, source.revision]
-    return []
 
 
 def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
@@ -281,13 +285,13 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "settings": config.identity_settings(settings),
         "sources": {
             "model": {
-                "stamp": _stamp(settings.model),
+                "stamp": sources.stamp(settings.model),
                 "sha256": [found.model, found.tokenizer],
                 "commit": found.commit,
             },
-            "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
+            "data": {"stamp": sources.stamp(settings.dataset), "sha256": [found.data]},
         },
-        "versions": before.get("versions") or _versions(),
+        "versions": before.get("versions") or versions.here(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),
     }
@@ -302,16 +306,10 @@ def _config_whole(root: Path, saved: Mapping[str, Any] | None) -> bool:
     return saved is None or (path.is_file() and file_sha256(path) == saved.get("config_sha256"))
 
 
-def _versions() -> dict[str, str]:
-    own = {"python": platform.python_version(), "spin-reg": __version__}
-    return own | {name: metadata.version(name) for name in PACKAGES}
-
-
 def _warn_of_versions(root: Path) -> None:
     """Versions are provenance: other ones than the run began with are told, not refused."""
     saved = _saved(root)
     assert saved is not None
-    began, now = saved["versions"], _versions()
-    changed = [f"{name} {began.get(name)} -> {now[name]}" for name in now if began.get(name) != now[name]]
+    changed = versions.changed(saved["versions"])
     if changed:
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))

@@ -85,22 +85,6 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
     return list(builder.stages.values())
 
 
-def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
-    """The names of the stages that evaluate the iterates among `there`, and of all that those need."""
-    kept: set[str] = set()
-
-    def keep(stage: Stage) -> None:
-        if stage.name not in kept:
-            kept.add(stage.name)
-            for need in stage.needs.values():
-                keep(need)
-
-    for stage in stages:
-        if stage.kind == EvaluateSpec.kind and stage.needs["model"].name in there:
-            keep(stage)
-    return kept
-
-
 class _Builder:
     """Makes each stage when it is first needed; `stages` keeps that order."""
 
@@ -281,7 +265,7 @@ class _Builder:
             return
         own = self.heldout_answers(k, plain=True)
         needs = {"data": self.data(), "model": self.iterate(k), "own": own, "own_scores": self.generated(k, own)}
-        needs[real_role(k)] = self.real(k, Split.heldout)
+        needs |= {real_role(j): self.real(j, Split.heldout) for j in {0, max(k - 2, 0), max(k - 1, 0), k}}
         if isinstance(c.dataset, Toy):
             needs["retained"] = self.real(k, Split.retained_heldout)
         game = None
@@ -291,8 +275,40 @@ class _Builder:
             game, joined = self._game(k - 1, Split.heldout)
             needs |= joined | {"own_scores_previous": self.generated(k - 1, own)}
             needs["own_scores_base"] = self.generated(0, own)
-        beta = at(c.schedule.beta, k - 1) if k > 0 else None
+        matches = self._matches(k)
         spec = EvaluateSpec(
-            k=k, game=game, beta=beta, length_norm=c.loss.length_norm, num_samples=c.evaluation.num_samples
+            k=k,
+            game=game,
+            matches=tuple(match for match, _ in matches),
+            beta=at(c.schedule.beta, k - 1) if k > 0 else None,
+            length_norm=c.loss.length_norm,
+            num_samples=c.evaluation.num_samples,
+            model=c.model,
+            dataset=c.dataset,
         )
+        for _, more in matches:
+            needs |= more
         self._add(f"iterate-{k:02d}/evaluate", spec, needs)
+
+    def _matches(self, k: int) -> list[tuple[PairsSpec, dict[str, Stage]]]:
+        """The entries of the cross-play matrix that iterate k adds, and what each needs: with `evaluation.crossplay`
+        its whole row and column, else those for which there are tables anyway.
+        """
+        found = []
+        for i, j in [(k, j) for j in range(k + 1) if k > 0] + [(i, k) for i in range(1, k)]:
+            reference = self._opponent(i - 1).reference
+            scorers = opponents.scorers(reference, j)
+            if not scorers <= opponents.support(reference):  # it has no value for answers from outside its window
+                continue
+            before = dict(self.stages)
+            answers = self.heldout_answers(j)
+            more = {"data": self.data(), answers_role(j): answers}
+            for scorer in sorted({i} | opponents.support(reference)):
+                more[real_role(scorer)] = self.real(scorer, Split.heldout)
+            for scorer in sorted({i} | scorers):
+                more[generated_role(scorer, j)] = self.generated(scorer, answers)
+            if self.config.evaluation.crossplay or len(self.stages) == len(before):
+                found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
+            else:
+                self.stages = before
+        return found

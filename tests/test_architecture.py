@@ -12,6 +12,7 @@ GROUND = {
     "errors",
     "fingerprint",
     "schedules",
+    "metrics",
     "opponents",
     "regularizers",
     "settings",
@@ -46,7 +47,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "join", "scorer", "selfcheck"},
+        | {"checkpoint", "fit", "diagnostics", "join", "scorer", "selfcheck"},
         {
             "torch",
             "numpy",
@@ -64,7 +65,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
-        {"plan", "policies", "rundir", "runner", "launch", "space", "estimate", "runlog", "tracking"},
+        {"plan", "policies", "rundir", "runner", "launch", "space", "estimate", "runlog", "tracking"}
+        | {"results", "versions"},
         {"filelock", "wandb", "accelerate"},
     ),
     ({"cli", "console", "overrides", "runs", "export", "vetting", "status"}, {"hydra", "rich", "omegaconf", "yaml"}),

@@ -5,7 +5,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,66 +251,36 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
     from hydra.types import RunMode
 
     from spin_reg import launch
-    from spin_reg.console import Screen
+    from spin_reg.console import Screen, closing_words, short
 
     screen = Screen()
     with stopping.listening(), screen.warnings():
         planned = _planned(cfg, only_evaluate=only_evaluate)
-        stopping.goes_on_by(f"spin-reg resume {shlex.quote(_short(planned.root))}", once=planned.root / "run.json")
+        stopping.goes_on_by(f"spin-reg resume {shlex.quote(short(planned.root))}", once=planned.root / "run.json")
         if planned.stages and not planned.finished:
             try:
-                launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))
+                planned = launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))
             finally:
                 screen.close()
-            planned = replace(planned, made=True)
-        _closing_words(planned, screen)
+        closing_words(planned, screen, everything=only_evaluate)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             stopping.poll()  # a signal that came when this point was all but done is meant for the others
 
 
-def _closing_words(planned: Any, screen: Any) -> None:
-    """What came out, and how to go on."""
-    from spin_reg.console import iterates_table
-    from spin_reg.scoreboard import benchmarks_table
-
-    def say(text: str) -> None:
-        screen.console.print(text, markup=False, soft_wrap=True)
-
-    if not planned.stages:
-        say(f"{planned.root} has no iterate to evaluate.")
-        return
-    if not planned.made:
-        say(f"{planned.root} is finished: nothing to do.")
-    iterations = planned.config.schedule.iterations
-    for table in (iterates_table(planned.root, iterations), benchmarks_table(planned.root, planned.stages)):
-        if table is not None:
-            screen.console.print(table)
-    place = _short(planned.root)
-    newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
-    say(f"model    {place}/{newest}/model")
-    say(f"metrics  {place}/metrics.jsonl")
-    say(f"go on    spin-reg resume {shlex.quote(place)} schedule.iterations={iterations + 2}")
-
-
-def _short(path: Path) -> str:
-    """A path as one would type it here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 def _show_plan(cfg: Any) -> None:
     from spin_reg import estimate, launch, space
+    from spin_reg.console import short
 
     planned = _planned(cfg)
     width = max(len(stage.name) for stage in planned.stages)
-    print(f"run {_short(planned.root)}")
+    print(f"run {short(planned.root)}")
     for stage, state in zip(planned.stages, planned.states, strict=True):
         print(f"  {state.status:5}  {stage.name:{width}}  {state.reason}")
     needed, room = launch.disk(planned), space.human(space.free(planned.outputs))
     counts = {s: sum(state.status == s for state in planned.states) for s in {state.status for state in planned.states}}
     print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
+    if planned.stop is not None:
+        print(f"  stopped {planned.stop.words()}")
     tokens, memory = launch.estimates(planned)
     print(f"  tokens: {tokens.words()}")
     print(f"  memory: {memory.words(estimate.room())}")

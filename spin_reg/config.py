@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spin_reg import benchmarks, corpora, redact, settings
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, identity, plain
+from spin_reg.metrics import KNOWN_LANGUAGE
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
 from spin_reg.schedules import per_iteration
@@ -90,6 +91,7 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
         _check_alpha(config, sweep)
         _check_loss(config)
         _check_keep(config)
+        _check_stop(config)
         _check_packages(config)
     except ValueError as error:
         raise bad_value(str(error)) from error
@@ -186,7 +188,20 @@ def _check_keep(config: Config) -> None:
         message = f"keep_iterates=last: this regularizer plays against {widest} iterates; give needed or all"
         settings.check(widest == 1, message)
     sent = keep is settings.KeepIterates.all or not getattr(config.tracker, "log_model", False)
+    whole = keep is not settings.KeepIterates.last or not config.evaluation.crossplay
+    settings.check(whole, f"keep_iterates={keep}: evaluation.crossplay=true asks every iterate; give needed or all")
     settings.check(sent, f"keep_iterates={keep}: tracker.log_model=true sends every iterate's weights; give all")
+
+
+def _check_stop(config: Config) -> None:
+    """A rule must be able to see what it asks for."""
+    rule = config.schedule.stop_when
+    if rule is None:
+        return
+    named = f"schedule.stop_when.metric={rule.metric}"
+    settings.check(config.evaluation.enabled, f"{named}: nothing is evaluated; set schedule.stop_when=null")
+    known = isinstance(config.dataset, corpora.Toy) or rule.metric not in KNOWN_LANGUAGE
+    settings.check(known, f"{named}: it is known of dataset=toy alone; give eval/heldout_nll")
 
 
 def _check_packages(config: Config) -> None:

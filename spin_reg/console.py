@@ -1,23 +1,27 @@
 """What a person sees: a live line in a terminal or plain lines when piped, and the table at the end."""
 
-import json
 import logging
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from spin_reg import rundir
-from spin_reg.errors import DamagedError
+from spin_reg import metrics, results
+from spin_reg.launch import Planned
 from spin_reg.plan import Stage
 from spin_reg.redact import redacted
+from spin_reg.results import Values
 from spin_reg.runner import State, Status
+from spin_reg.scoreboard import benchmarks_table
 
 COLUMNS = ("heldout_nll", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous", "length_mean")
 PIPED_WIDTH = 140
@@ -112,24 +116,129 @@ class _Lines(logging.Handler):
             self._say(redacted(f"warning: {record.getMessage()}"))
 
 
+def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None:
+    """What came out, and how to go on; `everything`: all that was measured, not the main table alone."""
+
+    def say(text: str) -> None:
+        screen.console.print(text, markup=False, soft_wrap=True)
+
+    if not planned.stages:
+        say(f"{planned.root} has no iterate to evaluate.")
+        return
+    if not planned.made:
+        say(f"{planned.root} is finished: nothing to do.")
+    iterations = planned.config.schedule.iterations
+    table = iterates_table(planned.root, iterations)
+    if table is not None:
+        rest = details(planned.root, iterations, screen.console.width) if everything else []
+        for shown in ("", table, "", *rest):
+            screen.console.print(shown, markup=False)
+    benchmarks = benchmarks_table(planned.root, planned.stages)
+    if benchmarks is not None:
+        screen.console.print(benchmarks)
+    place = short(planned.root)
+    newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
+    more = f"schedule.iterations={iterations + 2}"
+    if planned.stop is not None:
+        say(f"stopped  {planned.stop.words()}")
+        more = "schedule.stop_when=null"
+    say(f"model    {place}/{newest}/model")
+    say(f"metrics  {place}/metrics.jsonl")
+    say(f"go on    spin-reg resume {shlex.quote(place)} {more}")
+
+
+def short(path: Path) -> str:
+    """A path as one would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _table(title: str, first: str) -> Table:
+    look: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 0, 0, 1)}
+    table = Table(title=title or None, title_justify="left", caption_justify="left", **look)
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _best(found: Mapping[int, Values]) -> dict[str, int | None]:
+    """The iterate that is best, by metric."""
+    names = {name for values in found.values() for name in values}
+    return {name: metrics.best(name, {k: v[name] for k, v in found.items() if name in v}) for name in names}
+
+
+def _cell(values: Values, name: str, *, best: bool, between: str) -> Text:
+    """A value, starred where it is best, and its standard error after `between`: four digits, so that columns fit."""
+    if name not in values:
+        return Text()
+    value, star = values[name], "*" if best else " " if name in metrics.HEALTHY else ""
+    places = max(0, 3 - max(0, len(str(int(abs(value)))) - 1))
+    text = Text(f"{value:.{places}f}{star}", style="bold" if best else "")
+    if f"{name}_se" in values:
+        text.append(f"{between}±{values[f'{name}_se']:.{places}f}" + " " * len(star), style="not bold dim")
+    return text
+
+
+def _name(k: int) -> str:
+    return "0 base" if k == 0 else str(k)
+
+
 def iterates_table(root: Path, iterations: int) -> Table | None:
-    """The metrics of every iterate, one row each; None where none was evaluated."""
-    found: dict[int, dict[str, float]] = {}
-    for k in range(iterations + 1):
-        try:
-            content = rundir.read(root / f"iterate-{k:02d}" / "evaluate", "metrics.json")
-        except DamagedError:  # of a run that is not evaluated any more; else it was made again
-            content = None
-        if content is not None:
-            found[k] = json.loads(content)
-    names = [name for name in COLUMNS if any(f"eval/{name}" in values for values in found.values())]
+    """The main metrics of every iterate, one row each, in 80 columns; None where none was evaluated."""
+    found = results.evaluated(root, iterations)
+    names = [f"eval/{name}" for name in COLUMNS if any(f"eval/{name}" in values for values in found.values())]
     if not names:
         return None
-    table = Table(title=root.name, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))  # fits 80 columns
-    table.add_column("iterate")
+    table, best = _table(root.name, "iterate"), _best(found)
+    table.caption = "* the best of its column;  ± one standard error"
     for name in names:
-        table.add_column(name.replace("_", "\n"), justify="right")
+        table.add_column(name.removeprefix("eval/").replace("_", "\n"), justify="right")
     for k, values in found.items():
-        cells = [f"{values[f'eval/{name}']:.3f}" if f"eval/{name}" in values else "" for name in names]
-        table.add_row("0 base" if k == 0 else str(k), *cells)
+        table.add_row(_name(k), *(_cell(values, name, best=best[name] == k, between="\n") for name in names))
+    return table
+
+
+def details(root: Path, iterations: int, width: int) -> list[Table | str]:
+    """All that was measured: a row a metric, as many iterates beside each other as fit; then how each metric behaved
+    over the iterates, and the cross-play matrix.
+    """
+    found = results.evaluated(root, iterations)
+    names = list(dict.fromkeys(name for values in found.values() for name in values if not name.endswith("_se")))
+    best, made = _best(found), list[Table | str]()
+    many = max(1, (width - 27) // 17)
+    for some in (list(found)[i : i + many] for i in range(0, len(found), many)):
+        table = _table("", "metric")
+        for k in some:
+            table.add_column(_name(k), justify="right", no_wrap=True)
+        for name in names:
+            cells = (_cell(found[k], name, best=best[name] == k, between=" ") for k in some)
+            table.add_row(name.removeprefix("eval/"), *cells)
+        made += [table, ""]
+    behaved = _table("", "metric")
+    for title in ("best at", "instability", "drawdown"):
+        behaved.add_column(title, justify="right")
+    for name in (name for name in names if best[name] is not None):
+        bad = [metrics.badness(name, values[name]) for values in found.values() if name in values]
+        sums = (f"{metrics.instability(bad):.3f}", f"{metrics.drawdown(bad):.3f}")
+        behaved.add_row(name.removeprefix("eval/"), str(best[name]), *sums)
+    if behaved.row_count:
+        made += ["over the iterates: the best, the sum of all steps for the worse, the deepest fall", behaved, ""]
+    matrix = results.crossplay(root, iterations)
+    if matrix:
+        made += [
+            "cross-play: how often discriminator i tells real answers from those of iterate j",
+            _matrix(matrix),
+            "",
+        ]
+    return made
+
+
+def _matrix(matrix: Mapping[tuple[int, int], Values]) -> Table:
+    table = _table("", "i \\ j")
+    for j in sorted({j for _, j in matrix}):
+        table.add_column(str(j), justify="right")
+    for i in sorted({i for i, _ in matrix}):
+        known = (matrix.get((i, j)) for j in sorted({j for _, j in matrix}))
+        table.add_row(str(i), *("" if entry is None else f"{entry['accuracy']:.3f}" for entry in known))
     return table

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from spin_reg import (
     harness,
     origins,
     pace,
+    results,
     rundir,
     runlog,
     runner,
@@ -28,13 +30,15 @@ from spin_reg import (
     space,
     stopping,
     tracking,
+    versions,
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, RunBusy
 from spin_reg.fingerprint import file_sha256, plain
-from spin_reg.plan import Sources, Stage, evaluations, plan
+from spin_reg.plan import Sources, Stage, plan
 from spin_reg.redact import redacted
+from spin_reg.results import Stop
 from spin_reg.runner import Listener, State, Status
 from spin_reg.settings import KeepIterates
 from spin_reg.specs import BenchmarkSpec, PrepareSpec, Split
@@ -50,7 +54,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Planned:
-    """A run, its folder, its stages, and how each stood when it was planned; `made`: since then, what was missing."""
+    """A run, its folder, its stages, and how each stood when it was planned; `made`: since then, what was missing.
+
+    `stop`: the game ends early, and the stages end there.
+    """
 
     config: Config
     root: Path
@@ -61,11 +68,20 @@ class Planned:
     config_whole: bool
     whole: bool = True  # False where only evaluations were planned
     made: bool = False
+    stop: Stop | None = None
 
     @property
     def finished(self) -> bool:
-        done = all(state.status is Status.done for state in self.states)
+        done = all(state.status is Status.done for state in self.states) and results.recorded(self.root, self.stop)
         return done and self.config_whole and runner.metrics_whole(self.root, self.stages)
+
+    @property
+    def future(self) -> frozenset[str]:
+        """Names of the stages that one more iteration would need."""
+        settings = self.config
+        if self.stop is not None:
+            settings = replace(settings, schedule=replace(settings.schedule, iterations=self.stop.iterate))
+        return space.future(settings, self.sources)
 
 
 def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
@@ -90,20 +106,24 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     found = origins.found(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
+    done = [stage for stage, state in zip(stages, states, strict=True) if state.status is Status.done]
+    stop = results.stop(done, root=root, stages=stages, schedule=settings.schedule)
+    if stop is not None:
+        stays = results.until(stages, stop.iterate)
+        stages, states = list(compress(stages, stays)), list(compress(states, stays))
     if only_evaluate:
-        there = {stage.name for stage, state in zip(stages, states, strict=True) if state.status is Status.done}
-        kept = evaluations(stages, there)
+        kept = results.evaluations(stages, {stage.name for stage in done})
         states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
         stages = [stage for stage in stages if stage.name in kept]
     written = _config_whole(root, saved)
-    planned = Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate)
+    planned = Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate, stop=stop)
     if any(isinstance(stage.spec, BenchmarkSpec) for stage in _todo(planned)):
         harness.check()
     return planned
 
 
-def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> None:
-    """Make what is missing of a planned run.
+def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> Planned:
+    """Make what is missing of a planned run; how it came out.
 
     Raises:
         RunBusy: another process owns the folder. Whatever a stage raises.
@@ -127,14 +147,14 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
                 raise RunBusy("This run has changed.", where=str(root), why=why, todo="run the same command again")
         environment(settings)
         _write_provenance(planned, overrides)
-        _run(planned, listener)
+        return _run(planned, listener)
 
 
 def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Need:
     """What the stages still to be made may need on disk; `read`: how many examples the data were found to have."""
     settings = planned.config
-    rows, kept = read or _counts(planned), space.future(settings, planned.sources)
-    return space.need(planned.stages, _todo(planned), settings.model, rows, settings.keep_iterates, kept)
+    todo, rows = _todo(planned), read or _counts(planned)
+    return space.need(planned.stages, todo, settings.model, rows, settings.keep_iterates, planned.future)
 
 
 def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory]:
@@ -166,15 +186,17 @@ def _data_folder(planned: Planned) -> Path:
     return next(iter(copies), planned.root / stage.folder)
 
 
-def _run(planned: Planned, listener: Listener) -> None:
+def _run(planned: Planned, listener: Listener) -> Planned:
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
         _warn_of_versions(root)
         if not planned.config_whole:
             log.warning("%s is damaged or missing: it was written again", root / CONFIG)
         identity = config.flatten(plain(settings))
-        keep, future = settings.keep_iterates, space.future(settings, planned.sources)
-        goes = partial(space.unneeded, planned.stages, keep=keep, future=future)
+        keep = settings.keep_iterates
+        goes = partial(space.unneeded, planned.stages, keep=keep, future=planned.future)
+        enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
+        results.record(root, planned.stop)
         try:
             with tracking.mirror(root, settings.tracker, identity) as mirror:
                 runner.run_all(
@@ -185,10 +207,16 @@ def _run(planned: Planned, listener: Listener) -> None:
                     sink=mirror,
                     clock=time.monotonic,
                     unneeded=goes if planned.whole and keep is not KeepIterates.all else None,
+                    enough=enough if planned.whole else None,
                 )
         except BaseException:
             log.exception("the run ended early")
             raise
+        stop = enough(planned.stages)
+        results.record(root, stop)
+        if stop is not None:
+            log.info("stopped %s", stop.words())
+    return replace(planned, made=True, stop=stop)
 
 
 def _check_data(planned: Planned, listener: Listener) -> dict[Split, int] | None:
@@ -248,7 +276,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
         "sources": origins.record(settings, found, before.get("sources", {})),
-        "versions": before.get("versions") or origins.versions(),
+        "versions": before.get("versions") or versions.here(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": settings.hardware.threads or os.cpu_count(),
     }
@@ -267,7 +295,6 @@ def _warn_of_versions(root: Path) -> None:
     """Versions are provenance: other ones than the run began with are told, not refused."""
     saved = _saved(root)
     assert saved is not None
-    began, now = saved["versions"], origins.versions()
-    changed = [f"{name} {began.get(name)} -> {now[name]}" for name in now if began.get(name) != now[name]]
+    changed = versions.changed(saved["versions"])
     if changed:
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))

@@ -1,18 +1,13 @@
-"""What a run is made from, by content: hashed, or taken over from the run's record while nothing has moved; and by what
-versions of the packages."""
+"""What a run is made from, by content: hashed, or taken over from the run's record while nothing has moved."""
 
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, harness, hub, sources
+from spin_reg import harness, hub, sources
 from spin_reg.config import Config
 from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.plan import Sources
 from spin_reg.settings import Model, Pretrained
-
-PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "datasets", "numpy", "pyarrow", "safetensors", "wandb")
 
 
 def found(settings: Config, known: dict[str, Any]) -> Sources:
@@ -63,9 +58,3 @@ def _stamp(source: Model | Dataset) -> Any:
     if isinstance(source, Hub):
         return None if Path(source.path).is_dir() else [source.path, source.revision]
     return []
-
-
-def versions() -> dict[str, str]:
-    """Of Python, of this package and of those that results hang on."""
-    own = {"python": platform.python_version(), "spin-reg": __version__}
-    return own | {name: metadata.version(name) for name in PACKAGES}

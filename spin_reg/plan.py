@@ -1,14 +1,11 @@
 """The plan: a pure function from settings to the list of stages, each after what it needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 
 from spin_reg import opponents, policies
-from spin_reg.benchmarks import TaskFiles
 from spin_reg.config import Config
 from spin_reg.corpora import Toy, published
-from spin_reg.fingerprint import digest, identity
 from spin_reg.opponents import Draw, Opponent, Pairs
 from spin_reg.schedules import at
 from spin_reg.settings import KeepIterates, Pretrained
@@ -16,7 +13,6 @@ from spin_reg.specs import (
     CHECKED,
     AnswersSpec,
     BaseSpec,
-    BenchmarkSpec,
     EvaluateSpec,
     GenerateSpec,
     PairsSpec,
@@ -32,45 +28,8 @@ from spin_reg.specs import (
     holds_scores,
     real_role,
 )
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What the settings point at, by content: None where it is made on the spot. `commit`: of a model of the Hub.
-
-    `tasks`: of lm-eval, by name.
-    """
-
-    model: str | None
-    tokenizer: str
-    data: str | None
-    commit: str | None = None
-    tasks: Mapping[str, TaskFiles] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A folder to be made exactly once.
-
-    Attributes:
-        name: for people. folder: where it lies, relative to the run folder. spec: what is to be done.
-        needs: the stages whose folders it reads, by role.
-    """
-
-    name: str
-    folder: str
-    spec: Spec
-    needs: Mapping[str, "Stage"] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> str:
-        return self.spec.kind
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over kind, version, the result-changing fields of the spec, and the needs' fingerprints."""
-        needs = {role: need.fingerprint for role, need in self.needs.items()}
-        return digest([self.spec.kind, self.spec.version, identity(self.spec), needs])
+from spin_reg.stage import Sources as Sources
+from spin_reg.stage import Stage as Stage
 
 
 def _brings(k: int, answers: Stage) -> bool:
@@ -95,22 +54,6 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
     for k in range(last + 1 if late else 0):
         builder.benchmarks(k)
     return list(builder.stages.values())
-
-
-def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
-    """The names of the stages that evaluate the iterates among `there`, and of all that those need."""
-    kept: set[str] = set()
-
-    def keep(stage: Stage) -> None:
-        if stage.name not in kept:
-            kept.add(stage.name)
-            for need in stage.needs.values():
-                keep(need)
-
-    for stage in stages:
-        if isinstance(stage.spec, EvaluateSpec | BenchmarkSpec) and stage.needs["model"].name in there:
-            keep(stage)
-    return kept
 
 
 class _Builder:
@@ -314,7 +257,7 @@ class _Builder:
         others = [self.heldout_answers(j) for j in self._opponent(k - 1).window] if k > 0 else []
         self.together(k, Split.heldout, [own, *others], real=True)
         needs = {"data": self.data(), "model": self.iterate(k), "own": own, "own_scores": self.generated(k, own)}
-        needs[real_role(k)] = self.real(k, Split.heldout)
+        needs |= {real_role(j): self.real(j, Split.heldout) for j in {0, max(k - 2, 0), max(k - 1, 0), k}}
         if isinstance(c.dataset, Toy):
             needs["retained"] = self.real(k, Split.retained_heldout)
         game = None
@@ -324,13 +267,45 @@ class _Builder:
             game, joined = self._game(k - 1, Split.heldout)
             needs |= joined | {"own_scores_previous": self.generated(k - 1, own)}
             needs["own_scores_base"] = self.generated(0, own)
-        beta = at(c.schedule.beta, k - 1) if k > 0 else None
+        matches = self._matches(k)
         spec = EvaluateSpec(
-            k=k, game=game, beta=beta, length_norm=c.loss.length_norm, num_samples=c.evaluation.num_samples
+            k=k,
+            game=game,
+            matches=tuple(match for match, _ in matches),
+            beta=at(c.schedule.beta, k - 1) if k > 0 else None,
+            length_norm=c.loss.length_norm,
+            num_samples=c.evaluation.num_samples,
+            model=c.model,
+            dataset=c.dataset,
         )
+        for _, more in matches:
+            needs |= more
         self._add(f"iterate-{k:02d}/evaluate", spec, needs)
 
     def benchmarks(self, k: int) -> None:
         """Iterate k judged by each task of lm-eval that the settings name."""
         for spec in policies.benchmarks(self.config, self.sources.tasks, k):
             self._add(f"iterate-{k:02d}/benchmarks/{spec.words}", spec, {"model": self.iterate(k)})
+
+    def _matches(self, k: int) -> list[tuple[PairsSpec, dict[str, Stage]]]:
+        """The entries of the cross-play matrix that iterate k adds, and what each needs: with `evaluation.crossplay`
+        its whole row and column, else those for which there are tables anyway.
+        """
+        found = []
+        for i, j in [(k, j) for j in range(k + 1) if k > 0] + [(i, k) for i in range(1, k)]:
+            reference = self._opponent(i - 1).reference
+            scorers = opponents.scorers(reference, j)
+            if not scorers <= opponents.support(reference):  # it has no value for answers from outside its window
+                continue
+            before = dict(self.stages)
+            answers = self.heldout_answers(j)
+            more = {"data": self.data(), answers_role(j): answers}
+            for scorer in sorted({i} | opponents.support(reference)):
+                more[real_role(scorer)] = self.real(scorer, Split.heldout)
+            for scorer in sorted({i} | scorers):
+                more[generated_role(scorer, j)] = self.generated(scorer, answers)
+            if self.config.evaluation.crossplay or len(self.stages) == len(before):
+                found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
+            else:
+                self.stages = before
+        return found

@@ -130,11 +130,13 @@ def run_all(
     clock: Callable[[], float],
     run: Callable[[Stage, dict[str, Path], Path, Context], None] | None = None,
     unneeded: Callable[[Sequence[Stage]], Sequence[Stage]] | None = None,
+    enough: Callable[[Sequence[Stage]], object] | None = None,
 ) -> None:
     """Bring every stage into being, in order; `metrics.jsonl` grows by what each stage keeps.
 
     Args:
         unneeded: given the stages that are still to be made, those whose weights may go; None: none may.
+        enough: given the stages that are made, whether to leave it at that; None: all are made.
 
     Raises:
         ConfigError: a stage's folder was made with other settings. DamagedError: a source is damaged, or a stage that
@@ -170,6 +172,8 @@ def run_all(
             for useless in unneeded(todo):
                 rundir.drop_weights(root / useless.folder)
                 maker.checked.discard(useless.name)
+        if enough is not None and enough(stages[:index]):
+            break
 
 
 def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:

@@ -91,7 +91,7 @@ def _collect(root: Path, keep: Sequence[str], conf: Path, *, remove: bool) -> tu
     """One run's garbage, printed and perhaps removed; the bytes that frees, and an exit code."""
     try:
         planned = _planned(root, keep, conf)
-        kept = space.future(planned.config, planned.sources)
+        kept = planned.future
         with rundir.owned(root):
             found = space.garbage(root, planned.stages, planned.config.keep_iterates, kept)
             for item in found:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from spin_reg.metrics import rule
 from spin_reg.schedules import per_iteration
 
 ALL_LINEAR = "all-linear"
@@ -187,7 +188,11 @@ class Pretrained(Model):
 
 @dataclass
 class Schedule:
-    """How long, how fast, how far. `learning_rate`, `beta` and `epochs` take a number or a list, one an iteration."""
+    """How long, how fast, how far. `learning_rate`, `beta` and `epochs` take a number or a list, one an iteration.
+
+    `stop_when`: null, or {metric: eval/heldout_nll, worse: 2} to end the game once a metric of the newest iterates got
+    worse so many times in a row.
+    """
 
     iterations: int = 3
     epochs: Any = 1
@@ -200,6 +205,7 @@ class Schedule:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     save_every: int = runtime(200)
+    stop_when: Any = runtime(None)  # as iterations, no part of a run's identity
 
     def __post_init__(self) -> None:
         positive(schedule__iterations=self.iterations, schedule__batch_size=self.batch_size)
@@ -207,6 +213,7 @@ class Schedule:
         self.epochs = per_iteration("schedule.epochs", self.epochs, low=1, whole=True)
         self.learning_rate = per_iteration("schedule.learning_rate", self.learning_rate, low=0, open_low=True)
         self.beta = per_iteration("schedule.beta", self.beta, low=0, open_low=True)
+        self.stop_when = rule("schedule.stop_when", self.stop_when)
         ok = 0 <= self.warmup_ratio <= 1
         check(ok, f"schedule.warmup_ratio={self.warmup_ratio}: give a share of the steps, 0 to 1")
         check(self.weight_decay >= 0, f"schedule.weight_decay={self.weight_decay}: give a number from 0")
@@ -239,10 +246,13 @@ class Generation:
 
 @dataclass
 class Evaluation:
-    """Whether iterates are judged, and how many held-out samples are shown."""
+    """Whether iterates are judged, and how many held-out samples are shown. `crossplay`: every iterate scores every
+    other's held-out answers, for the whole cross-play matrix.
+    """
 
     enabled: bool = True
     num_samples: int = 8
+    crossplay: bool = False
 
     def __post_init__(self) -> None:
         check(self.num_samples >= 0, f"evaluation.num_samples={self.num_samples}: give 0 or more")

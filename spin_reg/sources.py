@@ -227,3 +227,22 @@ def data_sha256(dataset: Dataset) -> str | None:
         folder = Path(dataset.path)
         return files_sha256(folder, ("**/*",)) if folder.is_dir() else hub.data_commit(dataset.path, dataset.revision)
     return None
+
+
+def stamp(source: Model | Dataset) -> Any:
+    """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
+    if isinstance(source, Pretrained):
+        folder = Path(source.name_or_path).expanduser()
+        files = [] if source.chat_template is None else [Path(source.chat_template).expanduser()]
+        named = [] if folder.exists() else [source.name_or_path, source.revision]
+        files += sorted(folder.glob("*"))
+        return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
+    if isinstance(source, Mixture):
+        stamps = [stamp(part) for part in parts(source)]
+        return None if None in stamps else stamps
+    if isinstance(source, Jsonl):
+        path = Path(source.path).expanduser()
+        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
+    if isinstance(source, Hub):
+        return None if Path(source.path).is_dir() else [source.path, source.revision]
+    return []

@@ -234,17 +234,24 @@ class TrainSpec(Kept):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Kept):
-    """What is reported of iterate k, from tables alone; `game` is None for the base, which played none."""
+    """What is reported of iterate k, from tables alone; `game` is None for the base, which played none.
+
+    `matches`: each what iteration t played, against the answers of one iterate, so that iterate t + 1 is the
+    discriminator.
+    """
 
     kind: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     remade: ClassVar[bool] = True  # evaluation settings are no part of a run's identity: others make it anew
 
     k: int
     game: PairsSpec | None
+    matches: tuple[PairsSpec, ...]
     beta: float | None
     length_norm: LengthNorm
     num_samples: int
+    model: Model = field(metadata={"runtime": True})  # only its tokenizer matters here, and the data have that
+    dataset: Dataset = field(metadata={"runtime": True})  # it is part of what the data are
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 from spin_reg import durable
 from spin_reg.errors import ConfigError, DamagedError, SpinRegError, Stopped
 from spin_reg.fingerprint import digest
+from spin_reg.metrics import best
 from spin_reg.settings import Tracker, Wandb
 
 log = logging.getLogger(__name__)
@@ -125,15 +126,17 @@ class WandbMirror:
         for prefix in ("sft", "train"):
             self._run.define_metric(f"{prefix}/*", step_metric="step_in_all")
         self._run.define_metric("eval/*", step_metric="iterate")
+        self._judged: dict[int, dict[str, Any]] = {}
 
     def log(self, index: int, row: dict[str, Any]) -> None:
         if "iterate" in row:
+            self._judged[row["iterate"]] = row
             self._artifact(row["iterate"])  # it has no step, and W&B keeps equal ones once
         if index < self.first:
             return
         payload = dict(row) | {"step_in_all": index}
         if "iterate" in row and "task" not in row:  # a benchmark's row has none
-            payload |= self._samples(row["iterate"])
+            payload |= self._samples(row["iterate"]) | self._iterates()
         self._run.log(payload, step=index)
 
     def _samples(self, k: int) -> dict[str, Any]:
@@ -146,6 +149,18 @@ class WandbMirror:
         columns = list(rows[0]) if rows else []
         data = [[row[column] for column in columns] for row in rows]
         return {f"samples/iterate_{k:02d}": self._wandb.Table(columns=columns, data=data)} if rows else {}
+
+    def _iterates(self) -> dict[str, Any]:
+        """The table of all iterates so far, standard errors beside each metric, and the best of each in a last row."""
+        names = list(dict.fromkeys(name for row in self._judged.values() for name in row if name.startswith("eval/")))
+        if not names:
+            return {}
+        data = [[str(k), *(row.get(name) for name in names)] for k, row in self._judged.items()]
+        last: list[Any] = ["best"]
+        for name in names:
+            k = best(name, {k: row[name] for k, row in self._judged.items() if name in row})
+            last.append(None if k is None else self._judged[k][name])
+        return {"iterates": self._wandb.Table(columns=["iterate", *names], data=[*data, last])}
 
     def _artifact(self, k: int) -> None:
         folder = self._root / f"iterate-{k:02d}/model"

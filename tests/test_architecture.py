@@ -12,6 +12,7 @@ GROUND = {
     "errors",
     "fingerprint",
     "schedules",
+    "metrics",
     "opponents",
     "regularizers",
     "settings",
@@ -48,7 +49,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "join", "branches", "scorer", "selfcheck", "harness"},
+        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness"},
         {
             "torch",
             "numpy",
@@ -67,19 +68,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
-        {
-            "plan",
-            "policies",
-            "pace",
-            "origins",
-            "rundir",
-            "runner",
-            "launch",
-            "space",
-            "estimate",
-            "runlog",
-            "tracking",
-        },
+        {"plan", "stage", "policies", "pace", "origins", "versions", "rundir", "runner", "launch", "space", "estimate"}
+        | {"runlog", "results", "tracking"},
         {"filelock", "wandb", "accelerate"},
     ),
     (

@@ -22,7 +22,7 @@ RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
 NAME = "replaces the run's name, and no stage"
 LENGTH = "a longer run keeps its name and every stage of the shorter one"
-JUDGED = "what is reported of iterates: no name and no stage but evaluate and the benchmarks"
+JUDGED = "what is reported of iterates: no name and no stage but evaluate, held-out scores and the benchmarks"
 ASKED = "evaluation.benchmarks=[{task:a}]"
 GROUP = "its keys stand for it"
 
@@ -60,6 +60,7 @@ TABLE = [
     Row("evaluation.apply_chat_template", JUDGED, "true", given=ASKED),
     Row("evaluation.benchmark_batch_size", RUNTIME, "3", given=ASKED),
     Row("evaluation.benchmarks", JUDGED, "[{task: a, num_fewshot: 5}]"),
+    Row("evaluation.crossplay", JUDGED, "true"),
     Row("evaluation.enabled", JUDGED, "false"),
     Row("evaluation.include_path", RUNTIME, "mine", given=ASKED),  # what its tasks hold counts: Sources.tasks
     Row("evaluation.limit", JUDGED, "9", given=ASKED),
@@ -119,6 +120,7 @@ TABLE = [
     Row("schedule.max_grad_norm", RESULT, "0.5"),
     Row("schedule.optimizer", RESULT, "rmsprop"),
     Row("schedule.save_every", RUNTIME, "3"),
+    Row("schedule.stop_when", RUNTIME, "{metric: eval/heldout_nll, worse: 2}"),  # as iterations, how far, never what
     Row("schedule.warmup_ratio", RESULT, "0.2"),
     Row("schedule.weight_decay", RESULT, "0.2"),
     Row("seed", RESULT, "1"),
@@ -216,8 +218,10 @@ def test_every_key_does_what_it_is_declared_to_do(row: Row, option: str) -> None
             assert old != new and old.items() <= new.items()
         if row.effect == JUDGED:
             assert old != new
+            changed = {name for name in new if name in old and new[name] != old[name]}
             judged = {name for name in new if name.endswith("/evaluate") or "/benchmarks/" in name}
-            assert {name for name in new if new[name] != old.get(name)} <= judged
+            assert changed <= judged
+            assert all("/scores/heldout" in name or name in judged for name in new.keys() - old.keys())
 
 
 def test_alpha_is_a_shorthand() -> None:
@@ -236,7 +240,7 @@ def own(stage: Stage) -> str:
         ("dataset.max_prompt_tokens=17", {"prepare"}),
         ("dataset.max_response_tokens=33", {"prepare", "generate"}),  # the default of generation.max_new_tokens
         ("generation.max_new_tokens=9", {"generate"}),
-        ("generation.temperature=0.9", {"generate"}),
+        ("generation.temperature=0.9", {"generate", "evaluate"}),  # other cross-play entries have their tables anyway
         ("model.dtype=bfloat16", {"sft", "generate", "score", "train"}),
         ("model.attn_implementation=eager", {"sft", "generate", "score", "train"}),
         ("hardware.precision=bf16", {"sft", "generate", "score", "train"}),

@@ -355,13 +355,16 @@ def test_wandb_gets_what_it_lacks_and_every_model(tmp_path: Path, monkeypatch: p
         (tmp_path / f"iterate-{k:02d}/model").mkdir(parents=True)
     (tmp_path / "iterate-01/evaluate").mkdir()
     (tmp_path / "iterate-01/evaluate/samples.json").write_text('[{"prompt": "a", "text": "b"}]')
-    rows = [{"iterate": 0}, {"train/loss": 0.5}, {"train/loss": 0.4}, {"iterate": 1}]
+    judged = [{"iterate": 0, "eval/heldout_nll": 2.0}, {"iterate": 1, "eval/heldout_nll": 1.5, "eval/margin": 0.25}]
+    rows = [judged[0], {"train/loss": 0.5}, {"train/loss": 0.4}, judged[1]]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = tracking.replay(tmp_path / "metrics.jsonl", Wandb(log_model=True), {"seed": 0})
     assert said == "2 of 4 rows sent to W&B, https://w.example/run"
-    table = {"samples/iterate_01": (["prompt", "text"], [["a", "b"]])}
+    made = {"samples/iterate_01": (["prompt", "text"], [["a", "b"]])}
+    columns = ["iterate", "eval/heldout_nll", "eval/margin"]  # those sent earlier stand in it too, and the best
+    made |= {"iterates": (columns, [["0", 2.0, None], ["1", 1.5, 0.25], ["best", 1.5, None]])}
     steps = [{"step_in_all": i, "_step": i} for i in (2, 3)]
-    assert run.sent == [{"train/loss": 0.4} | steps[0], {"iterate": 1} | steps[1] | table] and run.codes == [0]
+    assert run.sent == [{"train/loss": 0.4} | steps[0], judged[1] | steps[1] | made] and run.codes == [0]
     assert run.artifacts == [(f"{tmp_path.name}-iterate-{k:02d}", f"iterate-{k:02d}") for k in (0, 1)]
     assert asked["id"] == json.loads((tmp_path / "wandb.json").read_text())["id"] and asked["config"] == {"seed": 0}
     assert asked["mode"] is None and asked["reinit"] == "create_new"

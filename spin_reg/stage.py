@@ -1,0 +1,48 @@
+"""A stage of a plan as a value, and what the settings of a run point at."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from spin_reg.benchmarks import TaskFiles
+from spin_reg.fingerprint import digest, identity
+from spin_reg.specs import Spec
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the settings point at, by content: None where it is made on the spot. `commit`: of a model of the Hub.
+
+    `tasks`: of lm-eval, by name.
+    """
+
+    model: str | None
+    tokenizer: str
+    data: str | None
+    commit: str | None = None
+    tasks: Mapping[str, TaskFiles] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A folder to be made exactly once.
+
+    Attributes:
+        name: for people. folder: where it lies, relative to the run folder. spec: what is to be done.
+        needs: the stages whose folders it reads, by role.
+    """
+
+    name: str
+    folder: str
+    spec: Spec
+    needs: Mapping[str, "Stage"] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over kind, version, the result-changing fields of the spec, and the needs' fingerprints."""
+        needs = {role: need.fingerprint for role, need in self.needs.items()}
+        return digest([self.spec.kind, self.spec.version, identity(self.spec), needs])

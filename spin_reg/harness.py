@@ -180,7 +180,7 @@ def _read(path: Path, above: Sequence[Path]) -> tuple[Config, list[Path]]:
     path = path.resolve()
     if path in above:
         raise ValueError(f"{path} includes itself")
-    config = yaml.load(path.read_bytes(), Loader=_LOADER)
+    config = yaml.load(path.read_bytes(), Loader=_SafeLoader)
     merged: Config = {}
     files = [path]
     includes = config.pop("include", [])
@@ -192,8 +192,10 @@ def _read(path: Path, above: Sequence[Path]) -> tuple[Config, list[Path]]:
     return merged | config, files
 
 
-_LOADER: Any = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
-yaml.add_multi_constructor("!", lambda loader, suffix, node: str(node.value), Loader=_LOADER)  # `!function` names one
+_SafeLoader: Any = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
+yaml.add_multi_constructor(
+    "!", lambda loader, suffix, node: str(node.value), Loader=_SafeLoader
+)  # `!function` names one
 
 
 class _Library:

@@ -24,7 +24,7 @@ from spin_reg.benchmarks import Evaluation, TaskFiles
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, file_sha256
 
-OLDEST = (0, 4, 9)
+OLDEST = (0, 4, 10)  # the first that goes with transformers 5
 EXTRA = "pip install spin-reg[eval]"
 FILES = {"json", "csv", "parquet", "text", "arrow"}  # readers of data files, in the place of a data set's name
 INCLUDE = re.compile(rb"^[\"']?include[\"']?[ \t]*:[ \t]*[\"']?([^\s\"'#\[]+)", re.M)

@@ -38,8 +38,9 @@ def benchmarks_table(root: Path, stages: Sequence[Stage]) -> Table | None:
 
 
 def _how(row: Row) -> str:
+    version = "" if row["task_version"] is None else f"version {row['task_version']}, "
     chat = ", chat" if row["apply_chat_template"] else ""
-    return f"version {row['task_version']}, {row['num_fewshot']}-shot{chat}, n={row['items']}"
+    return f"{version}{row['num_fewshot']}-shot{chat}, n={row['items']}"
 
 
 def _cell(row: Row, key: str) -> str:

@@ -228,7 +228,7 @@ def test_an_old_lm_eval_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("0.4.10", "0.5.0", "1.0"):
         monkeypatch.setattr(harness, "version", lambda version=version: version)
         harness.check()
-    monkeypatch.setattr(harness, "version", lambda: "0.4.2")
+    monkeypatch.setattr(harness, "version", lambda: "0.4.9.2")
     with pytest.raises(ConfigError, match="too old"):
         harness.check()
 

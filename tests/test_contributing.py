@@ -44,7 +44,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "conf/loss/squared_hinge.yaml").write_text(yaml)
     stage = (place / "spin_reg/stages/evaluate.py").read_text()
     stage = stage.replace("answers_look(inputs", 'longest(inputs["own"]) | answers_look(inputs', 1)
-    (place / "spin_reg/stages/evaluate.py").write_text(f"{stage}\n\n{section('A metric')[0]}")
+    code, yaml = section("A metric")
+    (place / "spin_reg/stages/evaluate.py").write_text(f"{stage}\n\n{code}")
+    (place / "conf/evaluation/common_sense.yaml").write_text(yaml)
     return place
 
 
@@ -65,6 +67,7 @@ def test_a_regularizer_a_loss_and_a_metric_run(project: Path) -> None:
     assert first["train/loss"] == pytest.approx(1.0, abs=1e-5)  # max(0, 1 - 0)^2
 
 
-def test_a_data_set_composes(project: Path) -> None:
+def test_a_data_set_and_a_list_of_benchmarks_compose(project: Path) -> None:
     assert "openai/gsm8k" in run(project, "train", "--cfg", "job", "dataset=gsm8k")
+    assert "task: piqa" in run(project, "train", "--cfg", "job", "evaluation=common_sense")
     assert "newest_and_base" in run(project, "train", "--help")

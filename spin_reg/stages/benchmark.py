@@ -22,6 +22,7 @@ from spin_reg.stages.evaluate import position
 Found = dict[str, Any]
 BAR = re.compile(r"^Running (\w+) requests.*\| (\d+)/(\d+) \[")
 SHOWN = 4  # lines
+UNTOLD = "Yaml"  # lm-eval's version of a task whose YAML gives none
 log = logging.getLogger(__name__)
 
 
@@ -38,7 +39,7 @@ def run(spec: BenchmarkSpec, inputs: dict[str, Path], out: Path, context: Contex
 
     def heard(line: str) -> None:
         bar = BAR.match(line)
-        if bar:
+        if bar and int(bar[2]):  # what came before the first is no measure of the rest
             context.progress(int(bar[2]), int(bar[3]), "request")
 
     code, lines = child.run(words, environment(spec), poll=context.poll, heard=heard)
@@ -117,8 +118,8 @@ def numbers(found: Found) -> Iterator[Found]:
                 "value": _finite(value),
                 "se": _finite(values.get(f"{metric}_stderr,{filter_}")),
                 "higher_is_better": better.get(metric),
-                "task_version": found.get("versions", {}).get(task),
-                "num_fewshot": one(found.get("n-shot", {}).get(leaf) for leaf in leaves),
+                "task_version": None if found["versions"].get(task) == UNTOLD else found["versions"].get(task),
+                "num_fewshot": one(found["n-shot"].get(leaf) for leaf in leaves),
                 "items": items(found, leaves),
             }
 
@@ -156,7 +157,7 @@ def row(spec: BenchmarkSpec, model: Path, results: list[Found], found: Found) ->
     for result in own:
         name = f"eval/{result['task']}/{result['metric']}" + f",{result['filter']}".removesuffix(",none")
         values |= {key: v for key, v in ((name, result["value"]), (f"{name}_se", result["se"])) if v is not None}
-    shots = one(found.get("n-shot", {}).get(leaf) for leaf in leaves)
+    shots = one(found["n-shot"].get(leaf) for leaf in leaves)
     if spec.num_fewshot not in (None, shots):
         log.warning("%s: %s worked examples were shown, not %d: it insists", spec.task, shots, spec.num_fewshot)
     return {

@@ -179,13 +179,14 @@ def check_tables(run: launch.Planned) -> int:
     return len(looked_at)
 
 
-@pytest.mark.parametrize("pairs", ["fresh", "reuse"])
+@pytest.mark.parametrize("pairs", [pytest.param("fresh", marks=pytest.mark.slow), "reuse"])
 def test_a_run_makes_just_the_rows_of_its_plan(pairs: str, train: Train) -> None:
     words = ["regularizer=fictitious_play", f"regularizer.pairs={pairs}", "schedule.iterations=4"]
     root = train(*words)
     assert check_tables(planned(*SMALL, *words, f"outputs={root.parent}", f"run_name={root.name}")) > 30
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_each_stage_of_its_plans_once(command: Command, tmp_path: Path) -> None:
     """Five alphas over three iterations, by what their logs say was made: no fingerprint twice, none missing."""
     words = [*SMALL, "schedule.iterations=3", f"outputs={tmp_path}"]

@@ -4,7 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +360,7 @@ def test_bad_data_exit_3_in_four_lines_leave_nothing_and_load_no_model(
 
 SIZE = """
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from spin_reg import index
 from spin_reg.corpora import Jsonl
 
@@ -391,7 +391,7 @@ def test_the_memory_of_reading_hangs_on_the_number_of_rows_and_not_on_their_text
 
 TABLES = """
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from spin_reg import fit, opponents, tables
 from spin_reg.context import Context
@@ -425,10 +425,10 @@ def test_the_memory_of_pairs_and_of_training_hangs_on_the_number_of_rows_and_not
     """kB over the start, for 20,000 rows and for 40,000: each further row holds 8.4 kB, and takes less than 1.5 kB."""
     text, ids = "x" * 2000, [5] * 200
 
-    def made(rows: int) -> Iterator[dict[str, Any]]:
-        for i in range(rows):
+    def made(rows: int, answerers: Sequence[int | None] = (0,)) -> Iterator[dict[str, Any]]:
+        for i, j in itertools.product(range(rows), answerers):
             yield {
-                **{"example_id": f"row-{i:06d}", "sampled_from": 0, "finish_reason": "stop", "logprob": -1.0},
+                **{"example_id": f"row-{i:06d}", "sampled_from": j, "finish_reason": "stop", "logprob": -1.0},
                 **dict.fromkeys(("prompt_ids", "real_ids", "generated_ids"), ids),
                 **dict.fromkeys(("prompt", "real", "generated"), f"{i} {text}"),
             }
@@ -437,8 +437,9 @@ def test_the_memory_of_pairs_and_of_training_hangs_on_the_number_of_rows_and_not
     for rows in (20000, 40000):
         folder = tmp_path / str(rows)
         folder.mkdir()
-        for name, schema in {"train": EXAMPLES, "answers": ANSWERS, "scores": SCORES}.items():
+        for name, schema in {"train": EXAMPLES, "answers": ANSWERS}.items():
             tables.write(folder / f"{name}.parquet", made(rows), schema)
+        tables.write(folder / "scores.parquet", made(rows, [None, 0]), SCORES)
         words = [[sys.executable, "-c", TABLES, str(folder), stage] for stage in ("pairs", "train")]
         taken.append([int(subprocess.run(w, capture_output=True, text=True, check=True).stdout) for w in words])
         assert len(tables.read(folder / "pairs.parquet")) == rows

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from threading import Thread
-from typing import IO
 
 from spin_reg import stopping
 
@@ -36,7 +35,7 @@ def run(
     )
     assert process.stdout is not None
     lines: deque[str] = deque(maxlen=KEPT)
-    reader = Thread(target=_read, args=(process.stdout, lines), name="child", daemon=True)
+    reader = Thread(target=_read, args=(process.stdout.fileno(), lines), name="child", daemon=True)
     reader.start()
     with stopping.ending(lambda: _signal(process, signal.SIGKILL)):
         try:
@@ -71,10 +70,10 @@ def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _read(stream: IO[bytes], lines: deque[str]) -> None:
+def _read(file: int, lines: deque[str]) -> None:
     """Keep the last lines; a bar that draws itself anew begins a line each time."""
     rest = b""
-    while part := stream.read1(1 << 16):  # type: ignore[attr-defined]
+    while part := os.read(file, 1 << 16):
         *whole, rest = re.split(rb"[\r\n]+", rest + part)
         lines.extend(line.decode(errors="replace").rstrip() for line in whole if line.strip())
     lines.extend([rest.decode(errors="replace")] if rest.strip() else [])

@@ -1,18 +1,16 @@
 """What a run is made from, by content: hashed, or taken over from the run's record while nothing has moved."""
 
-from pathlib import Path
 from typing import Any
 
 from spin_reg import harness, hub, sources
 from spin_reg.config import Config
-from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.plan import Sources
-from spin_reg.settings import Model, Pretrained
+from spin_reg.settings import Pretrained
 
 
 def found(settings: Config, known: dict[str, Any]) -> Sources:
     """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
-    model, commit = _recorded(known.get("model"), _stamp(settings.model)), None
+    model, commit = _recorded(known.get("model"), sources.stamp(settings.model)), None
     if model is None:
         model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
         if isinstance(settings.model, Pretrained):
@@ -20,7 +18,7 @@ def found(settings: Config, known: dict[str, Any]) -> Sources:
     elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
         commit = known["model"]["commit"]
         hub.pin(settings.model, commit)  # a branch may have moved since
-    data = _recorded(known.get("data"), _stamp(settings.dataset))
+    data = _recorded(known.get("data"), sources.stamp(settings.dataset))
     if data is None:
         data = [sources.data_sha256(settings.dataset)]
     tasks = harness.tasks(settings.evaluation, known.get("tasks", {}))
@@ -31,30 +29,15 @@ def record(settings: Config, found: Sources, before: dict[str, Any]) -> dict[str
     """What a run folder keeps of its sources; tasks that it was once judged by stay named."""
     tasks = {name: task.sha256 for name, task in found.tasks.items() if task.sha256 is not None}
     return {
-        "model": {"stamp": _stamp(settings.model), "sha256": [found.model, found.tokenizer], "commit": found.commit},
-        "data": {"stamp": _stamp(settings.dataset), "sha256": [found.data]},
+        "model": {
+            "stamp": sources.stamp(settings.model),
+            "sha256": [found.model, found.tokenizer],
+            "commit": found.commit,
+        },
+        "data": {"stamp": sources.stamp(settings.dataset), "sha256": [found.data]},
         "tasks": before.get("tasks", {}) | tasks,
     }
 
 
 def _recorded(entry: dict[str, Any] | None, stamp: Any) -> list[str | None] | None:
     return entry["sha256"] if entry is not None and stamp is not None and entry["stamp"] == stamp else None
-
-
-def _stamp(source: Model | Dataset) -> Any:
-    """What changes when a source changes, cheap to look at: name and revision, or files' sizes and times."""
-    if isinstance(source, Pretrained):
-        folder = Path(source.name_or_path).expanduser()
-        files = [] if source.chat_template is None else [Path(source.chat_template).expanduser()]
-        named = [] if folder.exists() else [source.name_or_path, source.revision]
-        files += sorted(folder.glob("*"))
-        return named + [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.is_file()]
-    if isinstance(source, Mixture):
-        stamps = [_stamp(part) for part in parts(source)]
-        return None if None in stamps else stamps
-    if isinstance(source, Jsonl):
-        path = Path(source.path).expanduser()
-        return [str(path), path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else None
-    if isinstance(source, Hub):
-        return None if Path(source.path).is_dir() else [source.path, source.revision]
-    return []

@@ -17,13 +17,13 @@ import pytest
 from conftest import SMALL, Command, read_jsonl
 from test_identity import KNOWN, loaded, prints
 
-from spin_reg import child, config, harness, iterates, stopping
+from spin_reg import child, config, harness, iterates, pace, stopping
 from spin_reg.benchmarks import Benchmark, Evaluation, TaskFiles
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError, Stopped
 from spin_reg.plan import Sources, plan
 from spin_reg.settings import Dtype
-from spin_reg.specs import BenchmarkSpec
+from spin_reg.specs import BenchmarkSpec, Split
 from spin_reg.stages import benchmark
 
 STAND_IN = """
@@ -380,3 +380,12 @@ def test_before_anything_is_made_a_task_must_be_known(
     result = command("train", *SMALL, *words, f"outputs={tmp_path / 'o'}")
     assert result.code == 2 and says in result.err and result.err.count("\n") == 4
     assert not (tmp_path / "o").exists()
+
+
+def test_time_that_benchmarks_may_take_is_not_passed_over() -> None:
+    stages = plan(loaded((), "evaluation.benchmarks=[{task: a}]"), KNOWN)
+    asked = [stage for stage in stages if stage.kind == "benchmark"]
+    assert pace.left(stages, asked, dict.fromkeys(Split, 8), "").unknown == ("benchmark",)
+    log = "INFO runner: iterate-00/benchmarks/a: todo (not made yet)\n"
+    log += 'INFO context: iterate-00/benchmarks/a: at {"done": 30, "total": 40, "since": 10, "seconds": 20}\n'
+    assert pace.left(stages, asked[:1], dict.fromkeys(Split, 8), log).seconds == pytest.approx(10)

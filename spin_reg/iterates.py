@@ -53,10 +53,10 @@ def load(folder: Path, policy: Policy, *, exclusive: bool = False, fresh: tuple[
     if exclusive:
         forget()
     else:
-        for (
-            weight
-        ) in loaded.model.parameters():  # kernels, and so bits, hang on it even where no gradient is asked for;
-            weight.requires_grad_(weight.is_floating_point())  # and autocast keeps what it has cast only where it is on
+        # Kernels, and so bits, hang on this even where no gradient is asked for; and only of what requires one does
+        # autocast keep what it has cast.
+        for weight in loaded.model.parameters():
+            weight.requires_grad_(weight.is_floating_point())
     return loaded
 
 

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import BloomConfig, CohereConfig, Gemma2Config, MambaConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from spin_reg import scorer
+from spin_reg.fit import _without_dropout
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.packing import Group, cut, lengths, pack, sums
 from spin_reg.scorer import Scorer, reads_packed
@@ -73,6 +75,41 @@ def test_gradients_are_those_of_plain_rows(name: str) -> None:
             found = torch.autograd.grad((Scorer(model)(GROUPS) * weights).sum(), parameters)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+def test_checkpointed_layers_give_the_same_gradients() -> None:
+    """A layer that is made again for the gradient unfolds its slots again."""
+    gradients = []
+    for checkpointing in (False, True):
+        model = build("llama", "sdpa")
+        _without_dropout(model, checkpointing)
+        gradients.append(torch.autograd.grad(Scorer(model)(GROUPS).sum(), list(model.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_under_autocast_are_those_of_float32_but_for_rounding() -> None:
+    model = build("llama", "sdpa")
+    exact = torch.autograd.grad(Scorer(model)(GROUPS).sum(), list(model.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = Scorer(model)(GROUPS).sum()
+    for one, other in zip(torch.autograd.grad(total, list(model.parameters())), exact, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.995
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_reads_no_answer_the_plain_way(precision: str, train: Callable[..., Path]) -> None:
+    """But for the trial: one that fails by mistake would only cost time, and show nowhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "_found", {})
+        patch.setattr(scorer.Scorer, "forward", packed_alone)
+        train(f"hardware.precision={precision}", "regularizer=kl", "schedule.iterations=1")
+
+
+def packed_alone(policy: Scorer, groups: Sequence[Group]) -> Tensor:
+    assert policy.packs
+    return scorer.packed_logprobs(policy.model, pack(groups))
 
 
 def test_the_head_is_differentiated_as_torch_would() -> None:

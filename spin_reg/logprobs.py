@@ -57,6 +57,11 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(type(inner).forward).parameters
 
 
+def cache_name(model: nn.Module) -> str:
+    """What a model's forward calls its cache of keys and values: newer releases of transformers have another name."""
+    return "cache" if takes(model, "cache") else "past_key_values"
+
+
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     """log pi(y_j | x, y_<j) of every response token.
 

@@ -49,7 +49,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness"},
+        | {"checkpoint", "fit", "diagnostics", "join", "branches", "columns", "scorer", "selfcheck", "harness"},
         {
             "torch",
             "numpy",

@@ -69,6 +69,18 @@ def test_batch_size_and_order_change_no_answer() -> None:
     assert together == alone == backwards
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_rows_of_many_lengths_that_come_and_go_bring_their_own_log_probs(build) -> None:  # type: ignore[no-untyped-def]
+    """Blocks of rows read different columns, and prompts come in behind what left; nothing of that may show."""
+    prompts = [[1 + (7 * i + j) % 4 for j in range(1 + i * 5 % 23)] for i in range(70)]
+    model, u = build(), points(70, 24)
+    answers = sampling.sample(model, prompts, u, ends=[END], temperature=1.0, top_p=1.0, batch_size=40)
+    with torch.no_grad():
+        plain = token_logprobs(model, collate(prompts, [a.ids for a in answers]))
+    for row, answer in zip(plain, answers, strict=True):
+        assert answer.logprobs == pytest.approx(row[: len(answer.ids)].tolist(), abs=5e-5)
+
+
 def test_an_end_token_stands_last_or_nowhere() -> None:
     answers = draw(llama(), PROMPTS * 10, points(len(PROMPTS) * 10, 6))
     assert {a.finish_reason for a in answers} == {"stop", "length"}

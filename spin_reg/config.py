@@ -90,6 +90,7 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
         _check_run_name(config.run_name)
         _check_alpha(config, sweep)
         _check_loss(config)
+        _check_generation(config.generation)
         _check_keep(config)
         _check_stop(config)
         _check_packages(config)
@@ -248,6 +249,14 @@ def _check_loss(config: Config) -> None:
             "Z cancels between two answers only while their log-ratios are not divided by length. Use loss.length_norm="
             "none, or a normalised reference (regularizer.reference=arithmetic, last or generator; alpha 0 or 1)",
         )
+
+
+def _check_generation(generation: settings.Generation) -> None:
+    """What is played against are draws from an opponent; at temperature 0 it has none."""
+    ok = generation.temperature > 0
+    settings.check(
+        ok, f"generation.temperature={generation.temperature}: give a number above 0 (1 samples the policy itself)"
+    )
 
 
 OUTSIDE_IDENTITY = ("schedule.iterations", "evaluation", "tracker", "alpha", "run_name", "outputs")

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spin_reg import benchmarks, corpora, redact, settings
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, identity, plain
-from spin_reg.metrics import KNOWN_LANGUAGE
+from spin_reg.metrics import EXACT_MATCH, KNOWN_LANGUAGE
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
 from spin_reg.schedules import per_iteration
@@ -201,6 +201,8 @@ def _check_stop(config: Config) -> None:
         return
     named = f"schedule.stop_when.metric={rule.metric}"
     settings.check(config.evaluation.enabled, f"{named}: nothing is evaluated; set schedule.stop_when=null")
+    asked = config.evaluation.exact_match.regex is not None or rule.metric not in EXACT_MATCH
+    settings.check(asked, f"{named}: nothing is matched; set evaluation=exact_match")
     known = isinstance(config.dataset, corpora.Toy) or rule.metric not in KNOWN_LANGUAGE
     settings.check(known, f"{named}: it is known of dataset=toy alone; give eval/heldout_nll")
 

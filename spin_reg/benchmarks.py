@@ -61,16 +61,17 @@ class Evaluation(settings.Evaluation):
         names = [benchmark.task for benchmark in self.benchmarks]
         twice = sorted({name for name in names if names.count(name) > 1})
         check(not twice, f"evaluation.benchmarks: {', '.join(twice)}: give each task once")
-        asked = {"benchmarks": self.benchmarks, "exact_match": self.exact_match.regex, "full_kl": self.full_kl}
-        for key, value in asked.items():
+        matched = self.exact_match.regex is not None
+        asked = {"benchmarks": bool(self.benchmarks), "exact_match": matched, "full_kl": self.full_kl}
+        for key, given in asked.items():
             message = f"evaluation.enabled=false: it leaves evaluation.{key} without effect; leave one of them out"
-            check(self.enabled or not value, message)
+            check(self.enabled or not given, message)
         positive(evaluation__full_kl_prompts=self.full_kl_prompts)
         ok = self.full_kl or self.full_kl_prompts == 64
         message = f"evaluation.full_kl_prompts={self.full_kl_prompts}: without evaluation.full_kl=true it does nothing"
         check(ok, f"{message}; set that too")
         off = {"include_path": None, "apply_chat_template": False, "limit": None, "benchmark_batch_size": 8}
         for key, value in off.items():
-            given = getattr(self, key)
-            ok = bool(self.benchmarks) or given == value
-            check(ok, f"evaluation.{key}={given}: without benchmarks it does nothing; set evaluation.benchmarks")
+            now = getattr(self, key)
+            ok = bool(self.benchmarks) or now == value
+            check(ok, f"evaluation.{key}={now}: without benchmarks it does nothing; set evaluation.benchmarks")

@@ -23,8 +23,10 @@ from spin_reg.results import Values
 from spin_reg.runner import State, Status
 from spin_reg.scoreboard import benchmarks_table
 
-COLUMNS = ("heldout_nll", "exact_match", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous")
-COLUMNS += ("length_mean",)
+COLUMNS = (
+    *("heldout_nll", "exact_match", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous"),
+    "length_mean",
+)
 FIT = 8  # columns into 80 characters
 PIPED_WIDTH = 140
 EVERY = 10.0  # seconds between plain progress lines

@@ -93,8 +93,8 @@ def token_divergences(policy: nn.Module, other: nn.Module, batch: Batch) -> Tens
         (B, R) float64, nats; 0 on padding.
     """
     made = [_predicting(model, batch) for model in (policy, other)]
-    parts = zip(*(logits.split(POSITIONS, dim=1) for logits in made), strict=True)
-    kl = torch.cat([_divergence(*both) for both in parts], dim=1)
+    some = [slice(start, start + POSITIONS) for start in range(0, batch.response_ids.shape[1], POSITIONS)]
+    kl = torch.cat([_divergence(*(logits[:, places] for logits in made)) for places in some], dim=1)
     return kl.masked_fill(~batch.response_mask, 0.0)
 
 

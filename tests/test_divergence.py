@@ -14,7 +14,6 @@ from test_sampling import END, llama, points
 from transformers import PreTrainedModel
 
 from spin_reg import diagnostics, estimate, logprobs, sampling
-from spin_reg.corpora import Toy
 from spin_reg.logprobs import collate, token_divergences, token_logprobs
 from spin_reg.settings import Tiny
 
@@ -100,7 +99,7 @@ def test_two_models_are_in_memory_at_once() -> None:
     found = estimate.memory(stages, Tiny()).by_kind
     assert found["divergence"] > found["score"]
     (one, *_) = (stage for stage in stages if stage.kind == "divergence")
-    limits = Toy()
+    limits = composed().dataset
     tokens = 2 * 64 * (limits.max_prompt_tokens + limits.max_response_tokens)
     rows = dict.fromkeys(("train", "heldout", "retained_train", "retained_heldout"), 100)
     assert estimate.work([one], rows).scored == tokens  # type: ignore[arg-type]

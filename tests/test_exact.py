@@ -93,7 +93,7 @@ def answers(folder: Path, texts: list[str]) -> Path:
 
 
 def test_shares_and_the_paired_change(tmp_path: Path) -> None:
-    real = ["#### 1", "#### 2", "#### 3", "#### 4", "no result"]
+    real = ["it is 1", "it is 2", "it is 3", "it is 4", "no result"]
     (tmp_path / "data").mkdir()
     empty = {"prompt_ids": [1], "real_ids": [1], "data_logprob": None, "prompt": "", "source": None}
     rows = [{"example_id": f"{i}", "real": text} | empty for i, text in enumerate(real)]
@@ -101,7 +101,8 @@ def test_shares_and_the_paired_change(tmp_path: Path) -> None:
     inputs = {"data": tmp_path / "data"}
     inputs["results/00"] = answers(tmp_path / "0", ["#### 1", "#### 9", "3", "#### 5", "#### 5"])
     inputs["results/02"] = answers(tmp_path / "2", ["#### 2", "#### 2.", "#### 3", "none", "#### 5"])
-    spec = EvaluateSpec(2, None, (), None, LengthNorm.none, 0, GSM8K, Tiny(), Jsonl(path="x"))
+    settings = ExactMatch(GSM8K.regex, real_regex="it is (.)")
+    spec = EvaluateSpec(2, None, (), None, LengthNorm.none, 0, settings, Tiny(), Jsonl(path="x"))
     found = evaluate.exact_match(spec, inputs)
     wanted = diagnostics.mean("eval/exact_match", [0, 1, 1, 0])
     wanted |= diagnostics.mean("eval/exact_match_answered", [1, 1, 1, 0])

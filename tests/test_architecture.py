@@ -18,6 +18,8 @@ GROUND = {
     "settings",
     "corpora",
     "benchmarks",
+    "exact",
+    "roles",
     "specs",
     "context",
     "redact",

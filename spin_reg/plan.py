@@ -49,7 +49,6 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
         if not late:
             builder.benchmarks(t)
         if t < last:
-            builder.pairs(t)
             builder.iterate(t + 1)
     for k in range(last + 1 if late else 0):
         builder.benchmarks(k)
@@ -69,6 +68,7 @@ class _Builder:
         return self.stages.setdefault(name, Stage(name, folder or name, spec, needs))
 
     def _opponent(self, t: int) -> Opponent:
+        assert self.config.regularizer is not None
         return self.config.regularizer.opponent(t)
 
     def data(self) -> Stage:
@@ -92,12 +92,13 @@ class _Builder:
         if name in self.stages:
             return self.stages[name]
         c, s = self.config, self.config.schedule
+        opponent = self._opponent(t) if c.loss.plays else None
         spec = TrainSpec(
             t=t,
-            window=self._opponent(t).window,
-            reference=opponents.to_json(self._opponent(t).reference),
+            window=() if opponent is None else opponent.window,
+            reference=None if opponent is None else opponents.to_json(opponent.reference),
             learning_rate=at(s.learning_rate, t),
-            beta=at(s.beta, t),
+            beta=None if opponent is None else at(s.beta, t),
             epochs=int(at(s.epochs, t)),
             batch_size=s.batch_size,
             optimizer=s.optimizer,
@@ -112,8 +113,11 @@ class _Builder:
             hardware=c.hardware,
             save_every=s.save_every,
         )
-        pairs = self.pairs(t)
-        needs = {"pairs": pairs, "model": self.iterate(t)} | self._own_scores(t, pairs)
+        if opponent is None:
+            needs = {"data": self.data(), "model": self.iterate(t)}
+        else:
+            pairs = self.pairs(t)
+            needs = {"pairs": pairs, "model": self.iterate(t)} | self._own_scores(t, pairs)
         return self._add(name, spec, needs, folder=f"iterate-{t + 1:02d}/model")
 
     def _own_scores(self, t: int, pairs: Stage) -> dict[str, Stage]:
@@ -254,25 +258,28 @@ class _Builder:
         if not c.evaluation.enabled:
             return
         own = self.heldout_answers(k, plain=True)
-        others = [self.heldout_answers(j) for j in self._opponent(k - 1).window] if k > 0 else []
+        last = self._opponent(k - 1) if k > 0 and c.loss.plays else None
+        others = [] if last is None else [self.heldout_answers(j) for j in last.window]
         self.together(k, Split.heldout, [own, *others], real=True)
         needs = {"data": self.data(), "model": self.iterate(k), "own": own, "own_scores": self.generated(k, own)}
         needs |= {real_role(j): self.real(j, Split.heldout) for j in {0, max(k - 2, 0), max(k - 1, 0), k}}
         if isinstance(c.dataset, Toy):
             needs["retained"] = self.real(k, Split.retained_heldout)
         game = None
-        if k > 0:
-            for j in self._opponent(k - 1).window:
+        if last is not None:
+            for j in last.window:
                 needs[generated_role(k, j)] = self.generated(k, self.heldout_answers(j))
             game, joined = self._game(k - 1, Split.heldout)
-            needs |= joined | {"own_scores_previous": self.generated(k - 1, own)}
+            needs |= joined
+        if k > 0:
+            needs["own_scores_previous"] = self.generated(k - 1, own)
             needs["own_scores_base"] = self.generated(0, own)
-        matches = self._matches(k)
+        matches = self._matches(k) if c.loss.plays else []
         spec = EvaluateSpec(
             k=k,
             game=game,
             matches=tuple(match for match, _ in matches),
-            beta=at(c.schedule.beta, k - 1) if k > 0 else None,
+            beta=None if last is None else at(c.schedule.beta, k - 1),
             length_norm=c.loss.length_norm,
             num_samples=c.evaluation.num_samples,
             model=c.model,

@@ -126,7 +126,7 @@ def check_answers(run: Path, settings: dict[str, Any], t: int) -> float:
     first = sorted(rows, key=lambda row: order_key(settings["seed"], t, row))[: settings["schedule.batch_size"]]
     model = load(run, t)
     total = sum(logprob(model, row["prompt_ids"], row["real_ids"]) for row in first)
-    return abs(-total / sum(len(row["real_ids"]) for row in first) - first_row(run, t)["train/loss"])
+    return float(abs(-total / sum(len(row["real_ids"]) for row in first) - first_row(run, t)["train/loss"]))
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_tokens_of_plain_spin() -> None:
 
 
 def test_tokens_without_an_opponent() -> None:
-    """Every prompt is read once with its real answer; nothing is drawn or scored, and there are no pairs to speak of."""
+    """Every prompt is read once with its real answer; nothing is drawn or scored, and there are no pairs."""
     found = work("loss=sft")
     assert found == estimate.Work(drawn=0, scored=0, trained=3 * 100 * 12, pairs=0)
     assert "pairs" not in found.words() and "(300 pairs)" in work("regularizer=none").words()

@@ -112,17 +112,16 @@ def _plan(program: str, words: list[str]) -> int:
 def _resume(program: str, words: list[str]) -> int:
     from spin_reg.runs import words_of
 
-    return _train(program, words_of("resume", words))
+    return _compose(program, words_of("resume", words), partial(_run, again=True))
 
 
 def _evaluate(program: str, words: list[str]) -> int:
     from spin_reg.runs import words_of
 
-    task = partial(_run, only_evaluate=True)
     if not words or words[0].startswith("-") or "=" in words[0]:
-        return _compose(program, words, task)
+        return _compose(program, words, partial(_run, only_evaluate=True))
     switched_off = [word for word in words_of("evaluate", words) if word != "evaluation=none" or word in words]
-    return _compose(program, switched_off, task)
+    return _compose(program, switched_off, partial(_run, only_evaluate=True, again=True))
 
 
 def _sync(program: str, words: list[str]) -> int:
@@ -236,17 +235,20 @@ def _ours(error: Exception, *, traceback_wanted: bool) -> SpinRegError:
     return error if isinstance(error, SpinRegError) else overrides.explain(error)
 
 
-def _planned(cfg: Any, *, only_evaluate: bool = False) -> Any:
+def _planned(cfg: Any, *, only_evaluate: bool = False, again: bool = False) -> Any:
+    """The plan of a run; `again`: of one that is there, so as lenient as any command that made it."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from spin_reg import config, launch
 
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    return launch.prepare(config.load(cfg, sweep=sweep), only_evaluate=only_evaluate)
+    hydra = HydraConfig.get()
+    lenient = again or hydra.mode == RunMode.MULTIRUN
+    settings = config.load(cfg, sweep=lenient, given=hydra.overrides.task)
+    return launch.prepare(settings, only_evaluate=only_evaluate)
 
 
-def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
+def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -255,7 +257,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
 
     screen = Screen()
     with stopping.listening(), screen.warnings():
-        planned = _planned(cfg, only_evaluate=only_evaluate)
+        planned = _planned(cfg, only_evaluate=only_evaluate, again=again)
         stopping.goes_on_by(f"spin-reg resume {shlex.quote(short(planned.root))}", once=planned.root / "run.json")
         if planned.stages and not planned.finished:
             try:

@@ -34,7 +34,7 @@ class Work:
         if not self.tokens:
             return "none left"
         listed = ", ".join(f"{count(getattr(self, name))} {name}" for name in ("drawn", "scored", "trained"))
-        return f"at most {listed} on ({count(self.pairs)} pairs)"
+        return f"at most {listed} on" + (f" ({count(self.pairs)} pairs)" if self.pairs else "")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
             scored += 2 * min(spec.first, rows[Split.heldout]) * _longest(stage)
         elif isinstance(spec, SftSpec):
             trained += spec.sft.epochs * (rows[Split.train] + rows.get(Split.retained_train, 0)) * _longest(stage)
+        elif isinstance(spec, TrainSpec) and not spec.loss.plays:
+            trained += spec.epochs * rows[Split.train] * _longest(stage)
         elif isinstance(spec, TrainSpec):
             made = rows[Split.train] * (len(spec.window) if _union(stage) else 1) * spec.epochs
             pairs += made
@@ -183,7 +185,7 @@ def _working(stage: Stage, spec: Heavy, widths: sizes.Shape, model: Model, train
     if isinstance(spec, DivergenceSpec):  # all logits of a batch of both models; a batch is small, or one answer
         tokens = max(longest, min(hardware.batch_tokens, sizes.LOGITS_AT_ONCE // widths.vocabulary))
         return a * tokens * layer + 16 * max(sizes.LOGITS_AT_ONCE, response * widths.vocabulary)
-    pair = longest + response if isinstance(spec, TrainSpec) else longest
+    pair = longest + response if isinstance(spec, TrainSpec) and spec.loss.plays else longest
     tokens = _at_once(hardware.batch_tokens, pair, hardware.micro_batch_size)
     logits = tokens * (pair - data.max_prompt_tokens) // pair * widths.vocabulary
     slots = SLOTS[spec.optimizer] if isinstance(spec, TrainSpec) else SLOTS[Optimizer.adamw]

@@ -8,7 +8,8 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 
 from spin_reg import vetting
-from spin_reg.config import Config, all_keys, bad_value, config_error, unknown_key
+from spin_reg.complaints import bad_value, config_error, unknown_key
+from spin_reg.config import Config, all_keys
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 

@@ -45,7 +45,6 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
         if not late:
             builder.benchmarks(t)
         if t < last:
-            builder.pairs(t)
             builder.iterate(t + 1)
     for k in range(last + 1 if late else 0):
         builder.benchmarks(k)
@@ -65,6 +64,7 @@ class _Builder:
         return self.stages.setdefault(name, Stage(name, folder or name, spec, needs))
 
     def _opponent(self, t: int) -> Opponent:
+        assert self.config.regularizer is not None
         return self.config.regularizer.opponent(t)
 
     def data(self) -> Stage:
@@ -88,8 +88,11 @@ class _Builder:
         if name in self.stages:
             return self.stages[name]
         spec = policies.training(self.config, t)
-        pairs = self.pairs(t)
-        needs = {"pairs": pairs, "model": self.iterate(t)} | self._own_scores(t, pairs)
+        if self.config.loss.plays:
+            pairs = self.pairs(t)
+            needs = {"pairs": pairs, "model": self.iterate(t)} | self._own_scores(t, pairs)
+        else:
+            needs = {"data": self.data(), "model": self.iterate(t)}
         return self._add(name, spec, needs, folder=f"iterate-{t + 1:02d}/model")
 
     def _own_scores(self, t: int, pairs: Stage) -> dict[str, Stage]:
@@ -251,27 +254,30 @@ class _Builder:
         own = self.heldout_answers(k, plain=True)
         exact = c.evaluation.exact_match if c.evaluation.exact_match.regex is not None else None
         results = {results_role(j): self.results(j) for j in (k, 0)} if exact is not None else {}
-        others = [self.heldout_answers(j) for j in self._opponent(k - 1).window] if k > 0 else []
+        last = self._opponent(k - 1) if k > 0 and c.loss.plays else None
+        others = [] if last is None else [self.heldout_answers(j) for j in last.window]
         self.together(k, Split.heldout, [own, *others], real=True)
         needs = {"data": self.data(), "model": self.iterate(k), "own": own, "own_scores": self.generated(k, own)}
         needs |= results | {real_role(j): self.real(j, Split.heldout) for j in range(k + 1)}
         if isinstance(c.dataset, Toy):
             needs["retained"] = self.real(k, Split.retained_heldout)
         game = None
-        if k > 0:
-            for j in self._opponent(k - 1).window:
+        if last is not None:
+            for j in last.window:
                 needs[generated_role(k, j)] = self.generated(k, self.heldout_answers(j))
             game, joined = self._game(k - 1, Split.heldout)
-            needs |= joined | {"own_scores_previous": self.generated(k - 1, own)}
+            needs |= joined
+        if k > 0:
+            needs["own_scores_previous"] = self.generated(k - 1, own)
             needs["own_scores_base"] = self.generated(0, own)
         if k > 0 and c.evaluation.full_kl:
             needs |= {f"full_kl_{name}": self.divergence(k, j, own) for name, j in (("previous", k - 1), ("base", 0))}
-        matches = self._matches(k)
+        matches = self._matches(k) if c.loss.plays else []
         spec = EvaluateSpec(
             k=k,
             game=game,
             matches=tuple(match for match, _ in matches),
-            beta=at(c.schedule.beta, k - 1) if k > 0 else None,
+            beta=None if last is None else at(c.schedule.beta, k - 1),
             length_norm=c.loss.length_norm,
             num_samples=c.evaluation.num_samples,
             exact_match=exact,

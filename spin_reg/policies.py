@@ -28,13 +28,14 @@ def adapter(config: Config) -> Lora | None:
 
 def training(config: Config, t: int) -> TrainSpec:
     """How iteration t trains."""
-    opponent, schedule = config.regularizer.opponent(t), config.schedule
+    rule, schedule = config.regularizer, config.schedule
+    opponent = None if rule is None else rule.opponent(t)
     return TrainSpec(
         t=t,
-        window=opponent.window,
-        reference=opponents.to_json(opponent.reference),
+        window=() if opponent is None else opponent.window,
+        reference=None if opponent is None else opponents.to_json(opponent.reference),
         learning_rate=at(schedule.learning_rate, t),
-        beta=at(schedule.beta, t),
+        beta=None if opponent is None else at(schedule.beta, t),
         epochs=int(at(schedule.epochs, t)),
         batch_size=schedule.batch_size,
         optimizer=schedule.optimizer,

@@ -207,7 +207,9 @@ class PairsSpec(Kept):
 
 @dataclass(frozen=True)
 class TrainSpec(Kept):
-    """One iteration's training: iterate t + 1 from iterate t. `window` and `reference` are those of its pairs."""
+    """One iteration's training: iterate t + 1 from iterate t. `window` and `reference` are those of its pairs; a loss
+    without an opponent has neither them nor a beta, and is given the real answers.
+    """
 
     kind: ClassVar[str] = "train"
     version: ClassVar[int] = 2
@@ -217,7 +219,7 @@ class TrainSpec(Kept):
     window: tuple[int, ...]
     reference: Any
     learning_rate: float
-    beta: float
+    beta: float | None
     epochs: int
     batch_size: int
     optimizer: Optimizer
@@ -235,7 +237,7 @@ class TrainSpec(Kept):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Kept):
-    """What is reported of iterate k, from tables alone; `game` is None for the base, which played none.
+    """What is reported of iterate k, from tables alone; `game` is None for an iterate that played none.
 
     `matches`: each what iteration t played, against the answers of one iterate, so that iterate t + 1 is the
     discriminator. `exact_match`: how the answers of the inputs `results/KK` are compared with the real ones, if at all.

@@ -29,7 +29,7 @@ GROUND = {
 }
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),
-    ({"config"}, {"omegaconf", "hydra"}),
+    ({"config", "complaints"}, {"omegaconf", "hydra"}),
     ({"logprobs", "losses", "packing"}, {"torch"}),
     (
         {

@@ -54,6 +54,11 @@ def crossplay(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
     return {(entry["discriminator"], entry["answers"]): entry for entry in entries}
 
 
+def samples(root: Path, iterations: int) -> list[dict[str, Any]]:
+    """The first held-out prompts with their real answers and those of every iterate, in order."""
+    return [row for k in range(iterations + 1) for row in _read(root, k, "samples.json") or []]
+
+
 @dataclass(frozen=True)
 class Stop:
     """Why the game ends before its last iteration. `values`: of the last iterates, the newest is `iterate`."""

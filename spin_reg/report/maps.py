@@ -1,0 +1,115 @@
+"""Drawings that are no curves over iterates: strength, stability against quality, and who tells whom apart."""
+
+from collections.abc import Mapping, Sequence
+
+from spin_reg.report.charts import (
+    SIZE,
+    Frame,
+    Head,
+    Look,
+    Point,
+    Series,
+    apart,
+    bar,
+    drawing,
+    end_labels,
+    framed,
+    line,
+    marker,
+    rule,
+    spread_of,
+    x_axis,
+)
+from spin_reg.report.groups import Stat
+from spin_reg.report.ink import Ink
+from spin_reg.report.svg import decimals, extent, number, path, tag, text, ticks, wide
+
+Cell = tuple[int, int]
+
+
+def strength(best: Series, last: Series, head: Head, look: Look, base: float) -> str:
+    """A metric of the best and of the last iterate against alpha: 0 is SPIN, 1 keeps the base as the reference."""
+    low, high = extent([*spread_of([best, last]), base])
+    frame = framed(look, (-0.04, 1.04), (low, high), right=44)
+    x_axis(frame, [(a, number(a, 2)) for a in (0.0, 0.25, 0.5, 0.75, 1.0)], "alpha, the weight of the base")
+    rule(frame, base, "base")
+    for one, hollow in ((last, False), (best, True)):
+        frame.parts.extend([bar(frame, one.ink, p) for p in one.points])
+        frame.parts.append(line(frame, [(p.x, p.y) for p in one.points], one.ink, 1.4))
+        frame.parts.extend([marker(one.ink, frame.x(p.x), frame.y(p.y), 3.4, hollow=hollow) for p in one.points])
+    frame.parts.extend(end_labels(frame, [(one.label, one.ink, one.points[-1]) for one in (best, last)]))
+    if look.hits:
+        places = [(p, f"alpha {number(p.x, 2)}\n{one.label}  {p.note}") for one in (best, last) for p in one.points]
+        frame.parts.extend([spot(frame, p, tip) for p, tip in places])
+    return drawing(head, look, frame.parts)
+
+
+def spot(frame: Frame, point: Point, tip: str) -> str:
+    """A place around a point that answers a pointer."""
+    return tag("circle", class_="hit", data_tip=tip, cx=frame.x(point.x), cy=frame.y(point.y), r=11, fill="transparent")
+
+
+def stability(
+    clouds: Sequence[tuple[str, Ink, Sequence[Point], Point]], head: Head, look: Look, words: str, base: float
+) -> str:
+    """One small point a run (x: instability, y: quality), one large a group: its means over seeds."""
+    every = [p for _, _, some, mean in clouds for p in (*some, mean)]
+    xs = extent([0.0, *(p.x for p in every)])
+    frame = framed(look, xs, extent([*(p.y for p in every), base]), right=12)
+    marks = ticks(max(0.0, xs[0]), xs[1])
+    x_axis(frame, [(v, number(v, decimals(marks))) for v in marks], words)
+    rule(frame, base, "base")
+    left, top, right, bottom = frame.box
+    for _, ink, some, mean in clouds:
+        for p in some:
+            arm = path([(frame.x(p.x), frame.y(p.y)), (frame.x(mean.x), frame.y(mean.y))])
+            frame.parts.append(tag("path", d=arm, stroke=ink.colour, stroke_width=0.8, stroke_opacity=0.45))
+            frame.parts.append(marker(ink, frame.x(p.x), frame.y(p.y), 2.1, hollow=True))
+    large = sorted(clouds, key=lambda cloud: frame.y(cloud[3].y))
+    places = apart([frame.y(mean.y) for *_, mean in large], 14, top, bottom)
+    for (label, ink, _, mean), at in zip(large, places, strict=True):
+        x, y = frame.x(mean.x), frame.y(mean.y)
+        frame.parts.append(marker(ink, x, y, 4.6))
+        back = x + 10 + wide(label, 12) > right  # no room on the right
+        place: dict[str, str | float] = {"x": x - 9 if back else x + 9, "y": at + 4}
+        look_of: dict[str, str | float] = {"text_anchor": "end" if back else "start", "font_size": 12, "font_weight": 550}
+        frame.parts.append(text(label, fill=ink.colour, **place, **look_of))  # type: ignore[arg-type]
+    if look.hits:
+        for label, _, some, mean in clouds:
+            frame.parts.extend([spot(frame, p, f"{label}\n{p.note}") for p in (mean, *some)])
+    return drawing(head, look, frame.parts)
+
+
+def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
+    """Accuracies A[i, j] as a map: 1/2 is paper, above it one hue, below it another; the number stands in each cell."""
+    rows, columns = sorted({i for i, _ in cells}), range(max(j for _, j in cells) + 1)
+    side = 40.0 if len(columns) <= 8 else 30.0
+    left, top = 46.0, 66.0
+    look = Look(max(300.0, left + side * len(columns) + 4), top + side * len(rows) + 8)
+    label: dict[str, str | float | None] = {"text_anchor": "middle", "font_size": SIZE, "fill": "var(--soft)"}
+    parts = [text("answers of iterate", left, top - 20, font_size=SIZE, fill="var(--soft)")]
+    parts += [text(str(j), left + side * (j + 0.5), top - 6, **label) for j in columns]  # type: ignore[arg-type]
+    for row, i in enumerate(rows):
+        y = top + side * row
+        parts.append(text(f"f{i}", left - 10, y + side / 2 + 4, text_anchor="end", font_size=SIZE, fill="var(--soft)"))
+        for j in columns:
+            if (i, j) in cells:
+                parts.append(_cell(cells[i, j], (i, j), left + side * j, y, side, hits=hits))
+    edge = [(left + side * min(i, len(columns)), top + side * (row + end)) for row, i in enumerate(rows) for end in (0, 1)]
+    parts.append(tag("path", d=path(edge), fill="none", stroke="var(--ink)", stroke_width=1.4))
+    return drawing(head, look, parts)
+
+
+def _cell(found: Stat, at: Cell, x: float, y: float, side: float, *, hits: bool) -> str:
+    strong = min(1.0, abs(found.mean - 0.5) * 2)
+    inside: dict[str, str | float | None] = {"x": x + 1, "y": y + 1, "width": side - 2, "height": side - 2, "rx": 2}
+    back = tag("rect", fill="var(--wash)", **inside)
+    hue = "var(--high)" if found.mean >= 0.5 else "var(--low)"
+    wash = tag("rect", fill=hue, fill_opacity=round(0.75 * strong, 3), **inside)
+    words = text(
+        f"{found.mean:.2f}", x + side / 2, y + side / 2 + 4, text_anchor="middle", font_size=SIZE, fill="var(--ink)"
+    )
+    spread = "" if found.sd is None else f" ± {found.sd:.3f} over {found.n} seeds"
+    tip = f"discriminator f{at[0]}, answers of iterate {at[1]}\naccuracy {found.mean:.3f}{spread}"
+    return back + wash + words + (tag("rect", class_="hit", data_tip=tip, fill="transparent", **inside) if hits else "")
+

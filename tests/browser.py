@@ -28,7 +28,7 @@ def found() -> str | None:
 
 
 class Page:
-    """One tab. `said`: what its console and its log got, and what its scripts threw; `asked`: every address requested."""
+    """One tab. `said`: what console and log got, and what scripts threw; `asked`: every address requested."""
 
     def __init__(self, down: int, up: int) -> None:
         self._down, self._up, self._rest, self._count = down, up, b"", 0

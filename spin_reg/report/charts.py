@@ -8,6 +8,7 @@ from spin_reg.report.ink import Ink
 from spin_reg.report.svg import Scale, coordinate, decimals, extent, number, path, tag, text, ticks, wide
 
 SIZE = 11  # of tick labels, pixels
+HALO = {"paint_order": "stroke", "stroke": "var(--paper)", "stroke_width": 3.0, "stroke_linejoin": "round"}  # of words
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Look:
-    """Size in pixels; `labels`: names at the ends of curves; `hits`: places that answer a pointer; `band`: the spread as
-    an area, else as a bar at each point.
+    """Size in pixels; `labels`: names at the ends of curves; `hits`: places that answer a pointer; `band`: the spread
+    as an area, else as a bar at each point.
     """
 
     width: float = 340
@@ -93,7 +94,9 @@ def _escaped(words: str) -> str:
     return inner[inner.index(">") + 1 : inner.rindex("<")]
 
 
-def framed(look: Look, xs: tuple[float, float], ys: tuple[float, float], *, right: float = 8, under: float = 38) -> Frame:
+def framed(
+    look: Look, xs: tuple[float, float], ys: tuple[float, float], *, right: float = 8, under: float = 38
+) -> Frame:
     """Horizontal hairlines at round values with their numbers on the left."""
     marks = ticks(*ys)
     places = decimals(marks)
@@ -124,8 +127,8 @@ def rule(frame: Frame, value: float, words: str) -> None:
     at = frame.y(value)
     if top <= at <= bottom:
         line = tag("line", x1=left, x2=right, y1=at, y2=at, stroke="var(--axis)", stroke_dasharray="1.5 3")
-        look = {"text_anchor": "end", "font_size": 10, "fill": "var(--soft)"}
-        frame.parts.append(line + text(words, right, at - 4, **look))
+        look = {"text_anchor": "end", "font_size": 10, "fill": "var(--soft)"} | HALO
+        frame.parts.append(line + (text(words, right, at - 4, **look) if words else ""))
 
 
 def marker(ink: Ink, x: float, y: float, size: float = 2.9, *, hollow: bool = False) -> str:
@@ -197,7 +200,9 @@ def by_iterate(series: Sequence[Series], head: Head, look: Look, level: tuple[fl
         for p in one.points:
             x, y = frame.x(p.x), frame.y(p.y)
             if p.x == one.ring:
-                frame.parts.append(tag("circle", cx=x, cy=y, r=6.2, fill="none", stroke=one.ink.colour, stroke_width=1.2))
+                frame.parts.append(
+                    tag("circle", cx=x, cy=y, r=6.2, fill="none", stroke=one.ink.colour, stroke_width=1.2)
+                )
             frame.parts.append(marker(one.ink, x, y))
     if look.labels:
         frame.parts.extend(end_labels(frame, [(one.label, one.ink, one.points[-1]) for one in series]))
@@ -215,7 +220,7 @@ def end_labels(frame: Frame, ends: Sequence[tuple[str, Ink, Point]]) -> list[str
         if abs(at - y) > 3:
             thread = path([(x + 5, y), (right + 9, at)])
             made.append(tag("path", d=thread, fill="none", stroke=ink.colour, stroke_width=0.8, stroke_opacity=0.6))
-        made.append(text(label, right + 12, at + 4, font_size=12, font_weight=550, fill=ink.colour))
+        made.append(text(label, right + 12, at + 4, font_size=12, font_weight=550, fill=ink.colour, **HALO))
     return made
 
 

@@ -106,7 +106,7 @@ def _at(x: float, stat: Stat) -> Point:
     return Point(x, stat.mean, low, high, said(stat, stat.sd, seeds=True))
 
 
-def stability(story: Story) -> Figure | None:
+def stability(story: Story) -> list[Figure]:
     """Instability against quality, where there are two runs to compare."""
     clouds = []
     for (group, ink), verdicts in zip(story.drawn, story.judged, strict=True):
@@ -121,12 +121,12 @@ def stability(story: Story) -> Figure | None:
             clouds.append((group.label, ink, few, Point(across.mean, quality.mean, note=note)))
     bases = groups.stat([v.base for verdicts in story.judged for v in verdicts.values()])
     if len(story.runs) < 2 or not clouds or bases is None:
-        return None
+        return []
     title = names.name(story.metric).title
     about = "; ".join(f"{label}: {mean.note}" for label, _, _, mean in clouds)
     head = Head(f"{title}: best against instability", names.words(story.metric), about + ".")
     under = "instability: the sum of all steps for the worse"
-    return Figure("stability", lambda look: maps.stability(clouds, head, look, under, bases.mean))
+    return [Figure("stability", lambda look: maps.stability(clouds, head, look, under, bases.mean))]
 
 
 def crossplays(story: Story) -> list[Figure]:
@@ -149,11 +149,10 @@ def _played(cells: dict[tuple[int, int], Stat], head: Head) -> Callable[[Look], 
 def every(story: Story) -> list[Figure]:
     """All figures, that of the judging metric first."""
     kept = [m for m in story.measured if m != story.metric]
-    one = stability(story)
     return [
         *curves(story, [story.metric, *kept]),
         *strengths(story),
-        *([one] if one is not None else []),
+        *stability(story),
         *crossplays(story),
         *training(story)[0],
     ]
@@ -188,6 +187,9 @@ def _rasteriser() -> Callable[[str], bytes]:
     try:
         import resvg_py
     except ModuleNotFoundError as error:
-        why, todo = "PNG is drawn by resvg_py, which is not installed", "pip install 'spin-reg[figures]', or leave it out"
+        why, todo = (
+            "PNG is drawn by resvg_py, which is not installed",
+            "pip install 'spin-reg[figures]', or leave it out",
+        )
         raise ConfigError("There is nothing to draw PNG with.", where="--png", why=why, todo=todo) from error
     return lambda drawing: resvg_py.svg_to_bytes(svg_string=drawing, zoom=2, background=PAPER["paper"][0])

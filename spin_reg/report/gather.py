@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,13 @@ class Run:
     def state(self) -> str:
         """How far it is, in words."""
         made, planned = sum(played.made for played in self.plan), self.record["iterations"]
-        if self.stopped is not None:
-            return f"ended early after {made} of {planned} iterations"
-        done = "finished" if made == planned else "unfinished"
         judged = len([k for k in self.iterates if k <= made])
-        unjudged = "" if judged == made + 1 else f"; {judged} of {made + 1} iterates evaluated"
-        return f"{done}: {made} of {planned} iterations{unjudged}"
+        unjudged = "" if judged == made + 1 else f", {judged} of {made + 1} iterates evaluated"
+        if self.stopped is not None:
+            return f"ended early after {made} of {planned} iterations{unjudged}"
+        if made < planned:
+            return f"unfinished: {made} of {planned} iterations{unjudged}"
+        return f"{planned} iterations{unjudged}" if unjudged else f"finished, {planned} iterations"
 
 
 def roots(folders: Sequence[Path]) -> list[Path]:
@@ -236,12 +238,8 @@ def _sampler(spec: Mapping[str, Any], paired: Mapping[str, Any] | None) -> str:
 
 def pretty(text: str) -> str:
     """pi_12 as π₁₂, and weights before it without a star."""
-    head, *rest = text.replace("*pi_", " pi_").replace(" x ", " × ").split("pi_")
-    parts = [head]
-    for part in rest:
-        digits = len(part) - len(part.lstrip("0123456789"))
-        parts.append("π" + part[:digits].translate(SUBSCRIPTS) + part[digits:])
-    return "".join(parts)
+    named = text.replace("*pi_", " pi_").replace(" x ", " × ").replace("pi_", "π_")
+    return re.sub(r"_(\d+)", lambda digits: digits[1].translate(SUBSCRIPTS), named)
 
 
 def _stopped(root: Path) -> str | None:

@@ -110,7 +110,9 @@ def of_run(run: Run, metric: str) -> dict[int, float]:
 def curve(group: Group, metric: str) -> dict[int, Stat]:
     """Mean and spread over the seeds by iterate: over those that reached it."""
     curves = [of_run(run, metric) for run in group.runs.values()]
-    by_iterate = {k: stat([values[k] for values in curves if k in values]) for k in sorted({k for c in curves for k in c})}
+    by_iterate = {
+        k: stat([values[k] for values in curves if k in values]) for k in sorted({k for c in curves for k in c})
+    }
     return {k: found for k, found in by_iterate.items() if found is not None}
 
 
@@ -156,9 +158,7 @@ def verdict(run: Run, metric: str) -> Verdict | None:
     bad = [metrics.badness(metric, value) for value in values.values()]
     at = min(values, key=lambda k: metrics.badness(metric, values[k]))
     last = max(values)
-    return Verdict(
-        values[0], values[at], at, values[last], last, metrics.instability(bad), metrics.drawdown(bad)
-    )
+    return Verdict(values[0], values[at], at, values[last], last, metrics.instability(bad), metrics.drawdown(bad))
 
 
 def verdicts(group: Group, metric: str) -> dict[int, Verdict]:
@@ -210,5 +210,7 @@ def _game(settings: Settings) -> str:
 def crossplay(group: Group) -> dict[tuple[int, int], Stat]:
     """A[i, j]: mean and spread over the seeds for which it is known."""
     cells = sorted({cell for run in group.runs.values() for cell in run.crossplay})
-    known = {c: stat([run.crossplay[c]["accuracy"] for run in group.runs.values() if c in run.crossplay]) for c in cells}
+    known = {
+        c: stat([run.crossplay[c]["accuracy"] for run in group.runs.values() if c in run.crossplay]) for c in cells
+    }
     return {cell: found for cell, found in known.items() if found is not None}

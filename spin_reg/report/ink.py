@@ -1,4 +1,4 @@
-"""Colours, dashes and markers: one hue a regularizer, darker (on dark paper: lighter) for each further variant of it."""
+"""Colours, dashes and markers: one hue a regularizer, darker (on dark paper: lighter) for each further variant."""
 
 import re
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from spin_reg.report.charts import (
+    HALO,
     SIZE,
     Frame,
     Head,
@@ -20,6 +21,7 @@ from spin_reg.report.charts import (
     spread_of,
     x_axis,
 )
+from spin_reg.report.gather import pretty
 from spin_reg.report.groups import Stat
 from spin_reg.report.ink import Ink
 from spin_reg.report.svg import decimals, extent, number, path, tag, text, ticks, wide
@@ -72,7 +74,11 @@ def stability(
         frame.parts.append(marker(ink, x, y, 4.6))
         back = x + 10 + wide(label, 12) > right  # no room on the right
         place: dict[str, str | float] = {"x": x - 9 if back else x + 9, "y": at + 4}
-        look_of: dict[str, str | float] = {"text_anchor": "end" if back else "start", "font_size": 12, "font_weight": 550}
+        look_of: dict[str, str | float] = {
+            "text_anchor": "end" if back else "start",
+            "font_size": 12,
+            "font_weight": 550,
+        } | HALO
         frame.parts.append(text(label, fill=ink.colour, **place, **look_of))  # type: ignore[arg-type]
     if look.hits:
         for label, _, some, mean in clouds:
@@ -84,18 +90,22 @@ def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
     """Accuracies A[i, j] as a map: 1/2 is paper, above it one hue, below it another; the number stands in each cell."""
     rows, columns = sorted({i for i, _ in cells}), range(max(j for _, j in cells) + 1)
     side = 40.0 if len(columns) <= 8 else 30.0
-    left, top = 46.0, 66.0
+    left, top = 46.0, 74.0
     look = Look(max(300.0, left + side * len(columns) + 4), top + side * len(rows) + 8)
     label: dict[str, str | float | None] = {"text_anchor": "middle", "font_size": SIZE, "fill": "var(--soft)"}
-    parts = [text("answers of iterate", left, top - 20, font_size=SIZE, fill="var(--soft)")]
-    parts += [text(str(j), left + side * (j + 0.5), top - 6, **label) for j in columns]  # type: ignore[arg-type]
+    parts = [text("answers of iterate", left, top - 24, font_size=SIZE, fill="var(--soft)")]
+    parts += [text("base" if j == 0 else str(j), left + side * (j + 0.5), top - 7, **label) for j in columns]  # type: ignore[arg-type]
     for row, i in enumerate(rows):
         y = top + side * row
-        parts.append(text(f"f{i}", left - 10, y + side / 2 + 4, text_anchor="end", font_size=SIZE, fill="var(--soft)"))
+        parts.append(
+            text(pretty(f"f_{i}"), left - 10, y + side / 2 + 4, text_anchor="end", font_size=SIZE, fill="var(--soft)")
+        )
         for j in columns:
             if (i, j) in cells:
                 parts.append(_cell(cells[i, j], (i, j), left + side * j, y, side, hits=hits))
-    edge = [(left + side * min(i, len(columns)), top + side * (row + end)) for row, i in enumerate(rows) for end in (0, 1)]
+    edge = [
+        (left + side * min(i, len(columns)), top + side * (row + end)) for row, i in enumerate(rows) for end in (0, 1)
+    ]
     parts.append(tag("path", d=path(edge), fill="none", stroke="var(--ink)", stroke_width=1.4))
     return drawing(head, look, parts)
 
@@ -112,4 +122,3 @@ def _cell(found: Stat, at: Cell, x: float, y: float, side: float, *, hits: bool)
     spread = "" if found.sd is None else f" ± {found.sd:.3f} over {found.n} seeds"
     tip = f"discriminator f{at[0]}, answers of iterate {at[1]}\naccuracy {found.mean:.3f}{spread}"
     return back + wash + words + (tag("rect", class_="hit", data_tip=tip, fill="transparent", **inside) if hits else "")
-

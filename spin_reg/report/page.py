@@ -1,6 +1,7 @@
 """The page: one HTML file that needs no network, with drawings, tables, samples and settings in it."""
 
 from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -11,25 +12,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from spin_reg import metrics
 from spin_reg.redact import redacted
-from spin_reg.report import figures, groups, names, sheets
+from spin_reg.report import figures, names, sheets, words
+from spin_reg.report.charts import marker
 from spin_reg.report.figures import NARROW, SMALL, WIDE, Figure
 from spin_reg.report.gather import Run
 from spin_reg.report.ink import variables
 from spin_reg.report.story import Story
-from spin_reg.report.svg import number, visible
+from spin_reg.report.svg import tag, visible
 
 HERE = Path(__file__).parent
 FEW = 3  # prompts whose answers are shown for each group of a sweep
-PROSE = {
-    "quality": "How far iterates are from the data they should learn, and what they forget. A ring marks the best mean.",
-    "drift": "How far the policy walks from where it began, and what becomes of its answers: their length, how often "
-    "they run into the limit, and whether they still vary.",
-    "game": "Each iterate against the opponent it was trained against. Over iterations an accuracy toward one half says "
-    "that nothing is left to tell apart.",
-    "others": "What was measured beyond that.",
-}
 
 
 @dataclass(frozen=True)
@@ -61,9 +54,10 @@ def page(story: Story, beside: Path) -> str:
     found = [section for section in _sections(story, beside) if section is not None]
     script = (HERE / "page.js").read_text(encoding="utf-8")
     made = _template().render(
-        title=_title(story),
-        lead=_lead(story),
-        facts=_facts(story),
+        title=words.title(story),
+        over=words.over(story),
+        lead=words.lead(story),
+        facts=words.facts(story),
         key=[(ink, group.label) for group, ink in story.drawn] if story.alone is None else [],
         sections=found,
         style=Markup(_style(story)),
@@ -97,117 +91,26 @@ def _style(story: Story) -> str:
 
 def _mark(story: Story, i: int) -> str:
     """A group's marker on a piece of its line."""
-    from spin_reg.report.charts import marker
-    from spin_reg.report.svg import tag
-
     ink = story.inks[i]
     line = tag("path", d="M0 6H26", fill="none", stroke=ink.colour, stroke_width=1.8, stroke_dasharray=ink.dash)
     return tag("svg", line, marker(ink, 13, 6, 3.2), width=26, height=12, viewBox="0 0 26 12", aria_hidden="true")
 
 
-def _title(story: Story) -> str:
-    run = story.alone
-    if run is not None:
-        return visible(run.root.name)
-    choices = list(dict.fromkeys(group.regularizer for group in story.groups))
-    return visible(", ".join(choices) + f": {len(story.runs)} runs")
-
-
-def _facts(story: Story) -> list[tuple[str, str]]:
-    """Name and value of what a reader asks first."""
-
-    def of(*keys: str) -> str:
-        found = [str(group.settings[key]) for group in story.groups for key in keys if group.settings.get(key)]
-        return ", ".join(dict.fromkeys(visible(one.rstrip("/").rpartition("/")[2]) for one in found))
-
-    def counted(split: str) -> str:
-        found = sorted({run.counts[split] for run in story.runs if split in run.counts})
-        return " – ".join(f"{one:,}".replace(",", " ") for one in dict.fromkeys((found[0], found[-1]))) if found else ""
-
-    seeds = {run.seed for run in story.runs}
-    last = max((k for run in story.runs for k in run.iterates), default=0)
-    rows = [
-        ("model", of("model.name_or_path") or of("model._choice")),
-        ("data", of("dataset.path") or of("dataset._choice")),
-        ("training prompts", counted("train")),
-        ("held-out prompts", counted("heldout")),
-        ("iterates", f"{last} and the base" if last else "the base"),
-        ("seeds" if len(seeds) > 1 else "seed", str(len(seeds)) if len(seeds) > 1 else str(*seeds)),
-    ]
-    return [(key, words) for key, words in rows if words]
-
-
-def _lead(story: Story) -> list[str]:
-    """What came out, in sentences made of the numbers alone."""
-    metric, title = story.metric, names.name(story.metric).title
-    run = story.alone
-    if run is not None:
-        verdict = groups.verdict(run, metric)
-        begin = [f"{run.state[0].upper()}{run.state[1:]}."] if run.state.partition(":")[0] != "finished" else []
-        if verdict is None:
-            return [*begin, "Fewer than two iterates have been evaluated, so there is nothing to compare yet."]
-        base, best, last = (number(one) for one in (verdict.base, verdict.best, verdict.last))
-        if verdict.best_at == 0:
-            words = f"By {title} no iterate is better than the base ({base}); the last one, {verdict.last_at}, has {last}."
-        elif verdict.best_at == verdict.last_at:
-            words = f"{title} went from {base} at the base to {best} at the last iterate, {verdict.last_at}, the best."
-        else:
-            words = (
-                f"{title} went from {base} at the base to {best} at iterate {verdict.best_at}, the best, and stands at "
-                f"{last} at the last, {verdict.last_at}."
-            )
-        return [*begin, words, *([f"Stopped {run.stopped}."] if run.stopped else [])]
-    bests = [(group, groups.over(made, lambda v: v.best)) for group, made in zip(story.groups, story.judged, strict=True)]
-    known = [(group, best) for group, best in bests if best is not None]
-    base = groups.stat([v.base for made in story.judged for v in made.values()])
-    if not known or base is None:
-        return ["Fewer than two iterates have been evaluated, so there is nothing to compare yet."]
-    good = sorted(known, key=lambda one: metrics.badness(metric, one[1].mean))
-    told = [f"{group.label} {number(s.mean)}" + ("" if s.sd is None else f" ± {number(s.sd)}") for group, s in good]
-    few = ", ".join(told[:4]) + (f" and {len(told) - 4} more" if len(told) > 4 else "")
-    return [f"By {title}, at the best iterate of each run: {few}. The base has {number(base.mean)}."]
-
-
 def _sections(story: Story, beside: Path) -> list[Section | None]:
     training, longest = figures.training(story)
-    averaged = f" Each point is the mean of up to {longest} steps." if longest > 1 else " Every step is drawn, unsmoothed."
-    strengths, stability, crossplays = figures.strengths(story), figures.stability(story), figures.crossplays(story)
+    strengths, stability = figures.strengths(story), figures.stability(story)
+    compared = ([words.STRENGTH] if strengths else []) + ([words.stability(story.metric)] if stability else [])
     mentioned = {*names.QUALITY, *names.DRIFT, *names.GAME, *names.REPEATED, story.metric}
     others = [metric for metric in story.measured if metric not in mentioned]
     return [
         _overview(story),
-        _drawn(
-            "strength",
-            "Strength and stability",
-            [*strengths, *([stability] if stability else [])],
-            "What more of the base in the reference brings, where runs differ in alpha alone: hollow marks are each run’s "
-            "best iterate, filled ones its last; alpha 0 is SPIN."
-            if strengths
-            else "",
-            "The calmest way to a good value is the lower left corner."
-            if stability and metrics.HEALTHY[story.metric] is metrics.Healthy.low
-            else "",
-        ),
-        _drawn("quality", "Quality", figures.curves(story, _but(names.QUALITY, story)), PROSE["quality"]),
-        _drawn("drift", "Drift and length", figures.curves(story, names.DRIFT), PROSE["drift"]),
-        _drawn("game", "The game", figures.curves(story, names.GAME), PROSE["game"]),
-        _drawn(
-            "crossplay",
-            "Cross-play",
-            crossplays,
-            "Discriminator fᵢ is what the iteration that made iterate i learned; each cell says how often it tells a real "
-            "answer from one of iterate j. ½ is paper. Right of the line answers are as new as the discriminator or "
-            "newer: an old one that wins there again says that the policy forgets, or goes in circles.",
-        ),
-        _drawn(
-            "training",
-            "Training",
-            training,
-            "Loss, margin and accuracy on the training pairs, before each step; every iteration is drawn as wide as any."
-            + (" Means over seeds." if story.seeded else "")
-            + averaged,
-        ),
-        _drawn("others", "Other metrics", figures.curves(story, others), PROSE["others"]),
+        _drawn("strength", "Strength and stability", [*strengths, *stability], *compared),
+        _drawn("quality", "Quality", figures.curves(story, _but(names.QUALITY, story)), words.QUALITY),
+        _drawn("drift", "Drift and length", figures.curves(story, _but(names.DRIFT, story)), words.DRIFT),
+        _drawn("game", "The game", figures.curves(story, names.GAME), words.GAME),
+        _drawn("crossplay", "Cross-play", figures.crossplays(story), words.CROSSPLAY),
+        _drawn("training", "Training", training, words.training(longest, seeded=story.seeded)),
+        _drawn("others", "Other metrics", figures.curves(story, others), words.OTHERS),
         _tabled("benchmarks", "Benchmarks", sheets.benchmarks(story)),
         _samples(story),
         _folded("numbers", "Every number", "All metrics by iterate", sheets.everything(story)),
@@ -215,7 +118,8 @@ def _sections(story: Story, beside: Path) -> list[Section | None]:
     ]
 
 
-def _but(wanted: tuple[str, ...], story: Story) -> list[str]:
+def _but(wanted: Sequence[str], story: Story) -> list[str]:
+    """These metrics without the one that the overview has."""
     return [metric for metric in wanted if metric != story.metric]
 
 
@@ -224,19 +128,14 @@ def _overview(story: Story) -> Section | None:
     sheet = sheets.iterates(story) if story.alone else sheets.comparison(story)
     if not main and sheet is None:
         return None
-    prose = (
-        f"A ring marks the best iterate of each curve; {story.spread}. Vertical axes show the range of the values and "
-        "need not begin at zero.",
-        "The best of several iterates is picked on the held-out prompts it is judged by, so it looks a little better "
-        "than it is.",
-    )
+    prose = (f"A ring marks the best iterate of each curve; {story.spread}. {words.AXES[0]}", words.AXES[1])
     large = tuple((Markup(one.draw(WIDE)), Markup(one.draw(NARROW))) for one in main)
     return Section("overview", "Overview", prose, large=large, sheets=() if sheet is None else (sheet,))
 
 
 def _drawn(key: str, title: str, made: list[Figure], *prose: str) -> Section | None:
     small = tuple(Markup(one.draw(SMALL)) for one in made)
-    return Section(key, title, tuple(one for one in prose if one), small=small) if made else None
+    return Section(key, title, prose, small=small) if made else None
 
 
 def _tabled(key: str, title: str, sheet: Any) -> Section | None:
@@ -257,10 +156,8 @@ def _samples(story: Story) -> Section | None:
         if few:
             more = f"{group.label}, seed {run.seed}" + ("" if len(few) == len(made) else f", {len(few)} of {len(made)}")
             shown.append((i, more, few))
-    prose = ["The first held-out prompts, never trained on: the real answer, and what each iterate answered, one draw each."]
-    if not story.alone:
-        prose.append("Each run’s own page has all that were kept.")
-    return Section("samples", "Samples", tuple(prose), samples=tuple(shown)) if shown else None
+    prose = (words.SAMPLES,) if story.alone else (words.SAMPLES, "Each run’s own page has all that were kept.")
+    return Section("samples", "Samples", prose, samples=tuple(shown)) if shown else None
 
 
 def samples(run: Run) -> list[Sample]:

@@ -39,6 +39,11 @@ class Cell:
         """Whether it is a number, which stands on the right."""
         return self.key is not None
 
+    @property
+    def long(self) -> bool:
+        """Whether it is a phrase, which may take two lines."""
+        return " " in self.words and len(self.words) > 20
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -86,7 +91,7 @@ def comparison(story: Story) -> Sheet | None:
                 of(groups.over(made, lambda v: v.last)),
                 of(groups.over(made, lambda v: v.instability)),
                 of(groups.over(made, lambda v: v.drawdown)),
-                Cell("—") if i == 0 else of(groups.paired(made, of_first, lambda v: v.best)),
+                Cell("—", 0.0) if i == 0 else of(groups.paired(made, of_first, lambda v: v.best)),
             )
         )
     heads = ("", "seeds", "by iterate", "base", "best", "at iterate", "last", "instability", "drawdown")
@@ -94,12 +99,11 @@ def comparison(story: Story) -> Sheet | None:
 
 
 def _caption(story: Story) -> str:
-    side = names.words(story.metric)
     spread = " ± one standard deviation over seeds," if story.seeded else ""
     return (
-        f"{names.name(story.metric).title} ({side}): means{spread} of what each run had at the base, at its own best "
-        "iterate and at its last. Instability is the sum of all steps for the worse, drawdown the deepest fall. The last "
-        "column is the difference of the best values, seed by seed, over the seeds that both have."
+        f"{names.name(story.metric).title} ({names.words(story.metric)}): means{spread} of what each run had at the base, "
+        "at its own best iterate and at its last. Instability is the sum of all steps for the worse, drawdown the "
+        "deepest fall. The last column is the difference of the best values, seed by seed, over the seeds that both have."
     )
 
 
@@ -146,7 +150,9 @@ def everything(story: Story) -> Sheet | None:
             found = groups.curve(group, metric)
             best = groups.best_of(group, metric)
             cells = (
-                value(found[k].mean, story.beside(group, metric, k, found[k]), strong=k == best) if k in found else Cell()
+                value(found[k].mean, story.beside(group, metric, k, found[k]), strong=k == best)
+                if k in found
+                else Cell()
                 for k in ks
             )
             if found:
@@ -237,7 +243,9 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     def told(run: Run) -> str:
         program, *words = run.record.get("command") or ["spin-reg"]
         name = Path(program).name
-        return shlex.join(["spin-reg" if name == "__main__.py" else name, *_kept(words)])
+        return shlex.join(
+            ["spin-reg" if name == "__main__.py" else name, "train", *_kept(words)]
+        )  # its verb is cut off
 
     machines = [_machine(run.record) for run in runs]
     versions = [", ".join(f"{k} {v}" for k, v in run.record["versions"].items()) for run in runs]
@@ -254,15 +262,17 @@ def _kept(words: Sequence[str]) -> list[str]:
 
 def _machine(record: Any) -> str:
     machine = record.get("machine", {})
-    return f"{machine.get('platform', 'unknown')}, {machine.get('cpus', '?')} CPUs, {record.get('threads', '?')} threads"
+    return (
+        f"{machine.get('platform', 'unknown')}, {machine.get('cpus', '?')} CPUs, threads: {record.get('threads', '?')}"
+    )
 
 
 def _sources(record: Any) -> list[tuple[str, str]]:
     found = []
     for kind, source in record["sources"].items():
-        sums = [str(one)[:16] for one in source.get("sha256", []) if one] if isinstance(source, dict) else []
+        sums = [str(one) for one in source.get("sha256", []) if one] if isinstance(source, dict) else []
         commit = source.get("commit") if isinstance(source, dict) else None
-        words = [*([f"commit {commit}"] if commit else []), *(f"sha256 {one}…" if len(one) == 16 else one for one in sums)]
+        words = [*([f"commit {commit}"] if commit else []), *(f"sha256 {s[:16]}…" if len(s) == 64 else s for s in sums)]
         if words:
             found.append((kind, ", ".join(words)))
     return found

@@ -54,8 +54,8 @@ class Story:
     def spread(self) -> str:
         """What is drawn and written behind a mean."""
         if self.seeded:
-            return "areas and ±: one standard deviation over seeds (n − 1)"
-        return "bars and ±: one standard error over the held-out prompts"
+            return "areas and ± are one standard deviation over the seeds"
+        return "bars and ± are one standard error over the held-out prompts"
 
     @cached_property
     def judged(self) -> list[dict[int, Verdict]]:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)} | {127: 0x2421}
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code not in (9, 10)}
 BROKEN = re.compile("[\ud800-\udfff\ufffe\uffff]")  # what XML and UTF-8 cannot hold
 CHAR = 0.56  # width of a character against the size of the font, on the wide side for a sans
 
 
 def visible(text: str) -> str:
-    """Control characters as their pictures, and no character that cannot be written down."""
+    """Control characters by their codes, as \\x14, and no character that cannot be written down."""
     return BROKEN.sub("\ufffd", text.translate(CONTROLS))
 
 
@@ -69,7 +69,7 @@ def extent(values: Sequence[float], margin: float = 0.06) -> tuple[float, float]
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten inside the range, no more than `most`, at least two if they are there."""
+    """Multiples of 1, 2 or 5 times a power of ten inside the range, no more than `most`."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
     for factor in (1, 2, 5, 10, 20):
@@ -86,7 +86,7 @@ def decimals(values: Sequence[float]) -> int:
 
 
 def number(value: float, places: int | None = None) -> str:
-    """A value with a real minus sign: three decimals of small ones, fewer of large ones, as the command's table has it."""
+    """A value with a real minus sign: three decimals of small ones, fewer of large ones, as in the command's table."""
     if places is None:
         places = max(0, 3 - max(0, len(str(int(abs(value)))) - 1))
     shown = f"{value:.{places}f}"

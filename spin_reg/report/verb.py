@@ -2,13 +2,16 @@
 
 import argparse
 import logging
+import shlex
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_reg import durable
+from spin_reg import durable, runlog
+from spin_reg.console import short
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.metrics import HEALTHY
 from spin_reg.report import figures, gather, page, story
@@ -27,6 +30,10 @@ class Made:
     figures: Path
     count: int
     unread: Sequence[SpinRegError]
+
+    def words(self) -> str:
+        drawn = f"   ({self.count} figures in {short(self.figures)})" if self.count else ""
+        return f"report   {short(self.page)}{drawn}"
 
 
 class _Words(argparse.ArgumentParser):
@@ -77,7 +84,9 @@ def _judge(metric: str | None) -> str | None:
         return None
     name = metric if metric.startswith("eval/") else f"eval/{metric}"
     if name not in HEALTHY:
-        why = f"no side of it is better by itself; those that have one: {', '.join(k.partition('/')[2] for k in HEALTHY)}"
+        why = (
+            f"no side of it is better by itself; those that have one: {', '.join(k.partition('/')[2] for k in HEALTHY)}"
+        )
         raise ConfigError("Iterates cannot be judged by this.", where=f"--metric {metric}", why=why, todo=USAGE)
     return name
 
@@ -97,17 +106,28 @@ def place(folders: Sequence[Path]) -> Path:
     return parents.pop() / PAGE
 
 
-def after(folders: Sequence[Path]) -> Made | SpinRegError:
+def main(words: Sequence[str]) -> Sequence[SpinRegError]:
+    """The verb: write the page and say where it is. The runs that could not be read are handed back, to be told."""
+    given = arguments(words)
+    made = report(given.folders, to=given.to, metric=given.metric, png=given.png)
+    print(made.words())
+    return made.unread
+
+
+def after(roots: Sequence[Path]) -> Sequence[SpinRegError]:
     """The page at the end of a run, or of a sweep. What goes wrong with it is handed back, to be told: the run is
-    finished whatever becomes of its page, so its exit code stays that of a finished run.
+    finished and whole whatever becomes of its page, so its exit code stays that of a finished run.
     """
+    again = f"spin-reg report {shlex.join(short(root) for root in roots)}"
     try:
-        return report(folders)
+        made = report(roots)
     except SpinRegError as error:
-        log.exception("the report was not written")
-        return error
+        return [error]
     except Exception as error:
-        log.exception("the report was not written")
+        with runlog.kept(roots[0] / "run.log"):
+            log.exception("the report was not written")
         what = traceback.format_exception_only(error)[-1].strip()
-        todo = f"the run itself is whole; please report this, and try again: spin-reg report {folders[0]}"
-        return SpinRegError("The report was not written.", where=str(folders[0]), why=what, todo=todo)
+        todo = f"the run itself is finished; the traceback is in its run.log, and `{again}` tries again"
+        return [SpinRegError("The report was not written.", where=str(roots[0]), why=what, todo=todo)]
+    print(made.words(), file=sys.stderr)
+    return made.unread

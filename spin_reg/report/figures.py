@@ -72,27 +72,29 @@ def _trained(
 def strengths(story: Story) -> list[Figure]:
     """The metric against alpha, one figure a family of groups that differ in alpha alone."""
     made = []
-    for number_, family in enumerate(groups.families(story.groups)):
-        found = [(one, groups.verdicts(one, story.metric)) for one in family]
-        best, last = [], []
-        for one, verdicts in found:
-            for points, stat in (
-                (best, groups.over(verdicts, lambda v: v.best)),
-                (last, groups.over(verdicts, lambda v: v.last)),
-            ):
-                if stat is not None and one.alpha is not None:
-                    points.append(_at(one.alpha, stat))
-        base = groups.stat([v.base for _, verdicts in found for v in verdicts.values()])
-        if len(best) > 1 and base is not None:
-            name = "strength" if number_ == 0 else f"strength-{number_ + 1}"
-            made.append(Figure(name, _strength(story, family, best, last, base.mean)))
+    for family in groups.families(story.groups):
+        verdicts = groups.shared([groups.verdicts(one, story.metric) for one in family])
+        best = [
+            _at(one.alpha, groups.over(found, lambda v: v.best)) for one, found in zip(family, verdicts, strict=True)
+        ]
+        last = [
+            _at(one.alpha, groups.over(found, lambda v: v.last)) for one, found in zip(family, verdicts, strict=True)
+        ]
+        base = groups.stat([v.base for found in verdicts for v in found.values()])
+        if base is not None and len([p for p in best if p is not None]) > 1:
+            name = "strength" if not made else f"strength-{len(made) + 1}"
+            made.append(Figure(name, _strength(story, family, _known(best), _known(last), base.mean)))
     return made
+
+
+def _known(points: Sequence[Point | None]) -> list[Point]:
+    return [point for point in points if point is not None]
 
 
 def _strength(
     story: Story, family: Sequence[Group], best: list[Point], last: list[Point], base: float
 ) -> Callable[[Look], str]:
-    ink = replace(next(ink for group, ink in story.drawn if group is family[-1]), dash=None)
+    ink = replace(next(ink for group, ink in story.drawn if group is family[1]), dash=None)
     title = names.name(story.metric).title
     about = "; ".join(f"alpha {number(p.x, 2)}: best {p.note}, last {q.note}" for p, q in zip(best, last, strict=True))
     head = Head(f"{title} against strength", names.words(story.metric), about + ".")
@@ -101,7 +103,9 @@ def _strength(
     return lambda look: maps.strength(*lines, head, look, base)
 
 
-def _at(x: float, stat: Stat) -> Point:
+def _at(x: float | None, stat: Stat | None) -> Point | None:
+    if x is None or stat is None:
+        return None
     low, high = (None, None) if stat.sd is None else (stat.mean - stat.sd, stat.mean + stat.sd)
     return Point(x, stat.mean, low, high, said(stat, stat.sd, seeds=True))
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from spin_reg import opponents, pace, results, rundir
 from spin_reg.errors import ConfigError, DamagedError, SpinRegError
+from spin_reg.opponents import Generator, Geometric, Iterate, Reference
 from spin_reg.results import Values
 from spin_reg.runner import METRICS
 from spin_reg.scoreboard import how
@@ -219,7 +219,7 @@ def _played(root: Path, t: int, steps: Sequence[Step], seconds: Mapping[str, flo
         t=t,
         made=trained is not None,
         answers=_sampler(spec, paired),
-        reference=opponents.describe(opponents.from_json(spec["reference"])) if "reference" in spec else "",
+        reference=compared(opponents.from_json(spec["reference"])) if "reference" in spec else "",
         settings={key: spec[key] for key in ("beta", "learning_rate", "epochs") if key in spec},
         steps=max((step.step for step in steps if step.iteration == t), default=0),
         seconds=seconds.get(f"iteration-{t:02d}/train"),
@@ -230,16 +230,30 @@ def _sampler(spec: Mapping[str, Any], paired: Mapping[str, Any] | None) -> str:
     """Who answered: one iterate, or a draw over several."""
     window = spec.get("window", [])
     draw = (paired or {"spec": {}})["spec"].get("draw")
-    names = [f"pi_{k}" for k in window]
+    names = [pi(k) for k in window]
     if len(names) < 2:
         return "".join(names)
     return ("a draw over " if draw else "each of ") + ", ".join(names)
 
 
-def pretty(text: str) -> str:
-    """pi_12 as π₁₂, and weights before it without a star."""
-    named = text.replace("*pi_", " pi_").replace(" x ", " × ").replace("pi_", "π_")
-    return re.sub(r"_(\d+)", lambda digits: digits[1].translate(SUBSCRIPTS), named)
+def pi(k: int) -> str:
+    """Iterate k."""
+    return "π" + str(k).translate(SUBSCRIPTS)
+
+
+def compared(node: Reference) -> str:
+    """A reference as one writes it: powers of a geometric mixture, shares of an arithmetic one."""
+    if isinstance(node, Iterate):
+        return pi(node.k)
+    if isinstance(node, Generator):
+        return "the iterate that answered"
+    parts = [(weight, compared(part)) for weight, part in node.parts]
+    if isinstance(node, Geometric):
+        inside = [words if words.startswith("π") and " " not in words else f"({words})" for _, words in parts]
+        return " · ".join(f"{words}^{weight:.3g}" for words, (weight, _) in zip(inside, parts, strict=True))
+    if len({f"{weight:.9f}" for weight, _ in parts}) == 1:
+        return "mean of " + ", ".join(words for _, words in parts)
+    return " + ".join(f"{weight:.3g} {words}" for weight, words in parts)
 
 
 def _stopped(root: Path) -> str | None:

@@ -177,6 +177,12 @@ def paired(mine: Mapping[int, Verdict], other: Mapping[int, Verdict], field: Cal
     return stat([field(mine[seed]) - field(other[seed]) for seed in mine if seed in other])
 
 
+def shared(made: Sequence[Mapping[int, Verdict]]) -> list[Mapping[int, Verdict]]:
+    """The verdicts of the seeds that all of them have, to compare like with like; all, if there are none."""
+    common = set.intersection(*(set(one) for one in made))
+    return [{seed: one[seed] for seed in one if seed in common or not common} for one in made]
+
+
 def best_of(group: Group, metric: str) -> int | None:
     """The iterate whose mean over the seeds is best."""
     return metrics.best(metric, {k: found.mean for k, found in curve(group, metric).items()})

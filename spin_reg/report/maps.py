@@ -10,7 +10,6 @@ from spin_reg.report.charts import (
     Look,
     Point,
     Series,
-    apart,
     bar,
     drawing,
     end_labels,
@@ -21,7 +20,7 @@ from spin_reg.report.charts import (
     spread_of,
     x_axis,
 )
-from spin_reg.report.gather import pretty
+from spin_reg.report.gather import SUBSCRIPTS
 from spin_reg.report.groups import Stat
 from spin_reg.report.ink import Ink
 from spin_reg.report.svg import decimals, extent, number, path, tag, text, ticks, wide
@@ -61,29 +60,47 @@ def stability(
     marks = ticks(max(0.0, xs[0]), xs[1])
     x_axis(frame, [(v, number(v, decimals(marks))) for v in marks], words)
     rule(frame, base, "base")
-    left, top, right, bottom = frame.box
     for _, ink, some, mean in clouds:
         for p in some:
             arm = path([(frame.x(p.x), frame.y(p.y)), (frame.x(mean.x), frame.y(mean.y))])
             frame.parts.append(tag("path", d=arm, stroke=ink.colour, stroke_width=0.8, stroke_opacity=0.45))
             frame.parts.append(marker(ink, frame.x(p.x), frame.y(p.y), 2.1, hollow=True))
-    large = sorted(clouds, key=lambda cloud: frame.y(cloud[3].y))
-    places = apart([frame.y(mean.y) for *_, mean in large], 14, top, bottom)
-    for (label, ink, _, mean), at in zip(large, places, strict=True):
-        x, y = frame.x(mean.x), frame.y(mean.y)
+    means = [(frame.x(mean.x), frame.y(mean.y)) for *_, mean in clouds]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in means]
+    for (_, ink, _, _), (x, y) in zip(clouds, means, strict=True):
         frame.parts.append(marker(ink, x, y, 4.6))
-        back = x + 10 + wide(label, 12) > right  # no room on the right
-        place: dict[str, str | float] = {"x": x - 9 if back else x + 9, "y": at + 4}
-        look_of: dict[str, str | float] = {
-            "text_anchor": "end" if back else "start",
-            "font_size": 12,
-            "font_weight": 550,
-        } | HALO
-        frame.parts.append(text(label, fill=ink.colour, **place, **look_of))  # type: ignore[arg-type]
+    for (label, ink, _, _), at in zip(clouds, means, strict=True):
+        left, top, _, bottom = box = beside(at, wide(label, 12), frame.box, taken)
+        taken.append(box)
+        look_of: dict[str, str | float] = {"font_size": 12, "font_weight": 550, "fill": ink.colour} | HALO
+        frame.parts.append(text(label, left, (top + bottom) / 2 + 4, **look_of))
     if look.hits:
         for label, _, some, mean in clouds:
             frame.parts.extend([spot(frame, p, f"{label}\n{p.note}") for p in (mean, *some)])
     return drawing(head, look, frame.parts)
+
+
+Box = tuple[float, float, float, float]
+
+
+def beside(at: tuple[float, float], width: float, frame: Box, taken: Sequence[Box]) -> Box:
+    """A place for a name near a point that touches as little as may be of what is there, inside the frame if it can."""
+    x, y = at
+    places = [(x + 9, y - 7), (x - 9 - width, y - 7), (x - width / 2, y - 22), (x - width / 2, y + 8)]
+    places += [(x + 7, y - 19), (x + 7, y + 5), (x - 7 - width, y - 19), (x - 7 - width, y + 5)]
+    boxes = [(left, top, left + width, top + 14) for left, top in places]
+
+    def cost(box: Box) -> float:
+        outside = box[0] < frame[0] or box[1] < frame[1] or box[2] > frame[2] or box[3] > frame[3]
+        return sum(_shared(box, other) for other in taken) + 500.0 * outside
+
+    return min(boxes, key=cost)
+
+
+def _shared(one: Box, other: Box) -> float:
+    """The area that two boxes share."""
+    across, down = min(one[2], other[2]) - max(one[0], other[0]), min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, across) * max(0.0, down)
 
 
 def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
@@ -98,7 +115,14 @@ def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
     for row, i in enumerate(rows):
         y = top + side * row
         parts.append(
-            text(pretty(f"f_{i}"), left - 10, y + side / 2 + 4, text_anchor="end", font_size=SIZE, fill="var(--soft)")
+            text(
+                "f" + str(i).translate(SUBSCRIPTS),
+                left - 10,
+                y + side / 2 + 4,
+                text_anchor="end",
+                font_size=SIZE,
+                fill="var(--soft)",
+            )
         )
         for j in columns:
             if (i, j) in cells:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from spin_reg import metrics
 from spin_reg.console import COLUMNS
 from spin_reg.report import charts, groups, names
-from spin_reg.report.gather import Run, pretty
+from spin_reg.report.gather import Run
 from spin_reg.report.groups import SEED, Group, Stat, Verdict
 from spin_reg.report.story import Story
 from spin_reg.report.svg import number, visible
@@ -52,6 +52,11 @@ class Sheet:
     caption: str
     heads: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+
+    @property
+    def figures(self) -> list[bool]:
+        """Which columns are of numbers."""
+        return [any(cell.figure for cell in column) for column in zip(*self.rows, strict=True)]
 
 
 def value(found: float | None, spread: float | None = None, *, strong: bool = False) -> Cell:
@@ -101,9 +106,10 @@ def comparison(story: Story) -> Sheet | None:
 def _caption(story: Story) -> str:
     spread = " ± one standard deviation over seeds," if story.seeded else ""
     return (
-        f"{names.name(story.metric).title} ({names.words(story.metric)}): means{spread} of what each run had at the base, "
-        "at its own best iterate and at its last. Instability is the sum of all steps for the worse, drawdown the "
-        "deepest fall. The last column is the difference of the best values, seed by seed, over the seeds that both have."
+        f"{names.name(story.metric).title} ({names.words(story.metric)}): means{spread} of what each run had at the "
+        "base, at its own best iterate and at its last. Instability is the sum of all steps for the worse, drawdown "
+        "the deepest fall. The last column is the difference of the best values, seed by seed, over the seeds that "
+        "both have."
     )
 
 
@@ -187,15 +193,25 @@ def plan(run: Run) -> Sheet:
     rows = []
     for one in run.plan:
         set_ = [Cell(_number(one.settings.get(key))) for key in ("beta", "learning_rate", "epochs")]
-        taken = "to do" if not one.made else "another run's" if one.seconds is None else f"{one.seconds:.0f} s"
-        words = (Cell(pretty(one.answers)), Cell(pretty(one.reference)))
+        taken = "to do" if not one.made else "another run's" if one.seconds is None else _took(one.seconds)
+        words = (Cell(one.answers), Cell(one.reference))
         rows.append((Cell(str(one.t), one.t), *words, *set_, Cell(str(one.steps or "")), Cell(taken)))
     heads = ("iteration", "answers from", "loss compares with", "beta", "learning rate", "epochs", "steps", "training")
     caption = (
-        "π₀ is the base; iteration t makes π of t + 1 out of π of t. A product of powers is a geometric mixture, a sum "
-        "an arithmetic one."
+        "π₀ is the base; iteration t makes iterate t + 1 out of iterate t. A product of powers is a geometric mixture, "
+        "a mean or a sum an arithmetic one; of log-probs of whole answers."
     )
     return Sheet(caption, heads, tuple(rows))
+
+
+def _took(seconds: float) -> str:
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 60
+        else f"{seconds / 60:.1f} min"
+        if seconds < 3600
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _number(found: Any) -> str:

@@ -13,23 +13,23 @@ AXES = (
 )
 STRENGTH = (
     "What more of the base in the reference brings, where runs differ in alpha alone: hollow marks are each run’s best "
-    "iterate, filled ones its last; alpha 0 is SPIN."
+    "iterate, filled ones its last; alpha 0 is SPIN. Means over the seeds that all strengths have in common."
 )
 STABILITY = "Small marks are runs, large ones their means. "
 CORNER = "Calm and good is the lower left corner."
 QUALITY = "How far iterates are from the data they should learn, and what they forget. A ring marks the best."
 DRIFT = (
-    "How far the policy walks from where it began, and what becomes of its answers: their length, how often they run into "
-    "the limit, and whether they still vary."
+    "How far the policy walks from where it began, and what becomes of its answers: their length, how often they run "
+    "into the limit, and whether they still vary."
 )
 GAME = (
     "Each iterate against the opponent it was trained against. Over iterations an accuracy toward one half says that "
     "nothing is left to tell apart."
 )
 CROSSPLAY = (
-    "Discriminator fᵢ is what the iteration that made iterate i learned; each cell says how often it tells a real answer "
-    "from one of iterate j. Blue is more often than by chance, orange less often. Right of the line answers are as new "
-    "as the discriminator or newer: an old one that wins there again says that the policy forgets, or goes in circles."
+    "Discriminator fᵢ is what the iteration that made iterate i learned; each cell says how often it tells a real "
+    "answer from one of iterate j. Blue is more often than by chance, orange less often. Right of the line answers are as "
+    "new as the discriminator or newer: an old one that wins there again says that the policy forgets, or goes in circles."
 )
 TRAINING = "On the training pairs, before each step; every iteration is drawn as wide as any."
 OTHERS = "What was measured beyond that."

@@ -74,7 +74,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ),
     (
         {"cli", "console", "scoreboard", "overrides", "runs", "export", "vetting", "status", "report"},
-        {"hydra", "rich", "omegaconf", "yaml", "jinja2", "markupsafe", "resvg_py"},
+        {"hydra", "rich", "omegaconf", "yaml", "jinja2", "resvg_py"},
     ),
 ]
 LATE_ONLY = {

@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from spin_reg.report.ink import Ink
-from spin_reg.report.svg import Scale, coordinate, decimals, extent, number, path, tag, text, ticks, wide
+from spin_reg.report.svg import Attributes, Scale, coordinate, decimals, extent, number, path, tag, text, ticks, wide
 
 SIZE = 11  # of tick labels, pixels
-HALO = {"paint_order": "stroke", "stroke": "var(--paper)", "stroke_width": 3.0, "stroke_linejoin": "round"}  # of words
+HALO: Attributes = {
+    "paint_order": "stroke",
+    "stroke": "var(--paper)",
+    "stroke_width": 3.0,
+    "stroke_linejoin": "round",
+}  # of words
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ def drawing(head: Head, look: Look, parts: Sequence[str]) -> str:
     """The svg element around a drawing, with its title and its description."""
     title = text(head.title, 0, 13, font_size=13.5, font_weight=600, fill="var(--ink)")
     below = text(head.words, 0, 29, font_size=SIZE, fill="var(--soft)")
-    size: dict[str, str | float] = {"width": look.width, "height": look.height}
+    size: Attributes = {"width": look.width, "height": look.height}
     return tag(
         "svg",
         tag("title", _escaped(head.title)),
@@ -115,7 +120,7 @@ def framed(
 def x_axis(frame: Frame, at: Sequence[tuple[float, str]], words: str) -> None:
     """Labels below, and what they are."""
     left, _, right, bottom = frame.box
-    look = {"text_anchor": "middle", "font_size": SIZE, "fill": "var(--soft)"}
+    look: Attributes = {"text_anchor": "middle", "font_size": SIZE, "fill": "var(--soft)"}
     for value, label in at:
         frame.parts.append(text(label, frame.x(value), bottom + 16, **look))
     frame.parts.append(text(words, (left + right) / 2, bottom + 32, **look))
@@ -127,14 +132,14 @@ def rule(frame: Frame, value: float, words: str) -> None:
     at = frame.y(value)
     if top <= at <= bottom:
         line = tag("line", x1=left, x2=right, y1=at, y2=at, stroke="var(--axis)", stroke_dasharray="1.5 3")
-        look = {"text_anchor": "end", "font_size": 10, "fill": "var(--soft)"} | HALO
+        look: Attributes = {"text_anchor": "end", "font_size": 10, "fill": "var(--soft)", **HALO}
         frame.parts.append(line + (text(words, right, at - 4, **look) if words else ""))
 
 
 def marker(ink: Ink, x: float, y: float, size: float = 2.9, *, hollow: bool = False) -> str:
     """A regularizer's own shape: colour is not the only thing that tells curves apart."""
     fill = "var(--paper)" if hollow else ink.colour
-    look: dict[str, str | float | None] = {"fill": fill, "stroke": ink.colour, "stroke_width": 1.4}
+    look: Attributes = {"fill": fill, "stroke": ink.colour, "stroke_width": 1.4}
     if ink.marker == "circle":
         return tag("circle", cx=x, cy=y, r=size, **look)
     r = size * {"square": 0.92, "diamond": 1.3, "up": 1.25, "down": 1.25}[ink.marker]
@@ -152,7 +157,7 @@ def bar(frame: Frame, ink: Ink, point: Point) -> str:
     if point.low is None or point.high is None:
         return ""
     x = frame.x(point.x)
-    look: dict[str, str | float | None] = {"stroke": ink.colour, "stroke_width": 1.2, "stroke_opacity": 0.55}
+    look: Attributes = {"stroke": ink.colour, "stroke_width": 1.2, "stroke_opacity": 0.55}
     return tag("line", x1=x, x2=x, y1=frame.y(point.low), y2=frame.y(point.high), **look)
 
 
@@ -169,7 +174,7 @@ def area(frame: Frame, one: Series) -> str:
 def line(frame: Frame, points: Sequence[tuple[float, float]], ink: Ink, width: float = 1.8) -> str:
     """A curve."""
     d = path([(frame.x(x), frame.y(y)) for x, y in points])
-    look = {"stroke_width": width, "stroke_dasharray": ink.dash, "stroke_linejoin": "round"}
+    look: Attributes = {"stroke_width": width, "stroke_dasharray": ink.dash, "stroke_linejoin": "round"}
     return tag("path", d=d, fill="none", stroke=ink.colour, **look)
 
 
@@ -251,7 +256,7 @@ def columns(frame: Frame, series: Sequence[Series], xs: Sequence[int]) -> list[s
         notes = [f"{one.label}  {p.note}" for one in series for p in one.points if p.x == k and p.note]
         start, end = max(left, frame.x(k) - half), min(right, frame.x(k) + half)
         tip = "\n".join(["base" if k == 0 else f"iterate {k}", *notes])
-        look: dict[str, str | float] = {"x": start, "y": top - 6, "width": end - start, "height": bottom - top + 6}
+        look: Attributes = {"x": start, "y": top - 6, "width": end - start, "height": bottom - top + 6}
         made.append(tag("rect", class_="hit", data_tip=tip, fill="transparent", **look))
     return made
 
@@ -291,9 +296,9 @@ def spark(values: Sequence[float], best: int | None, colour: str, about: str) ->
         return ""
     x, y = Scale(0, len(values) - 1, 4, 78), Scale(*extent(values, 0.0), 19, 4)
     points = [(x(i), y(value)) for i, value in enumerate(values)]
-    look: dict[str, str | float | None] = {"fill": "none", "stroke": colour, "stroke_width": 1.4}
+    look: Attributes = {"fill": "none", "stroke": colour, "stroke_width": 1.4}
     parts = [tag("path", d=path(points), stroke_linejoin="round", **look)]
     if best is not None:
         parts.append(tag("circle", cx=points[best][0], cy=points[best][1], r=2.6, fill=colour))
-    words = {"viewBox": "0 0 82 23", "role": "img", "aria_label": about}
+    words: Attributes = {"viewBox": "0 0 82 23", "role": "img", "aria_label": about}
     return tag("svg", *parts, width=82, height=23, class_="spark", **words)

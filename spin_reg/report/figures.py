@@ -71,7 +71,7 @@ def _trained(
 
 def strengths(story: Story) -> list[Figure]:
     """The metric against alpha, one figure a family of groups that differ in alpha alone."""
-    made = []
+    made: list[Figure] = []
     for family in groups.families(story.groups):
         verdicts = groups.shared([groups.verdicts(one, story.metric) for one in family])
         best = [

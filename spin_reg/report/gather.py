@@ -105,7 +105,8 @@ def roots(folders: Sequence[Path]) -> list[Path]:
 
 def runs(folders: Sequence[Path]) -> tuple[list[Run], list[SpinRegError]]:
     """The runs, and of those that cannot be read why not."""
-    found, failures = [], []
+    found: list[Run] = []
+    failures: list[SpinRegError] = []
     for root in folders:
         try:
             found.append(run(root))

@@ -23,7 +23,7 @@ from spin_reg.report.charts import (
 from spin_reg.report.gather import SUBSCRIPTS
 from spin_reg.report.groups import Stat
 from spin_reg.report.ink import Ink
-from spin_reg.report.svg import decimals, extent, number, path, tag, text, ticks, wide
+from spin_reg.report.svg import Attributes, decimals, extent, number, path, tag, text, ticks, wide
 
 Cell = tuple[int, int]
 
@@ -72,7 +72,7 @@ def stability(
     for (label, ink, _, _), at in zip(clouds, means, strict=True):
         left, top, _, bottom = box = beside(at, wide(label, 12), frame.box, taken)
         taken.append(box)
-        look_of: dict[str, str | float] = {"font_size": 12, "font_weight": 550, "fill": ink.colour} | HALO
+        look_of: Attributes = {"font_size": 12, "font_weight": 550, "fill": ink.colour, **HALO}
         frame.parts.append(text(label, left, (top + bottom) / 2 + 4, **look_of))
     if look.hits:
         for label, _, some, mean in clouds:
@@ -109,9 +109,9 @@ def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
     side = 40.0 if len(columns) <= 8 else 30.0
     left, top = 46.0, 74.0
     look = Look(max(300.0, left + side * len(columns) + 4), top + side * len(rows) + 8)
-    label: dict[str, str | float | None] = {"text_anchor": "middle", "font_size": SIZE, "fill": "var(--soft)"}
+    label: Attributes = {"text_anchor": "middle", "font_size": SIZE, "fill": "var(--soft)"}
     parts = [text("answers of iterate", left, top - 24, font_size=SIZE, fill="var(--soft)")]
-    parts += [text("base" if j == 0 else str(j), left + side * (j + 0.5), top - 7, **label) for j in columns]  # type: ignore[arg-type]
+    parts += [text("base" if j == 0 else str(j), left + side * (j + 0.5), top - 7, **label) for j in columns]
     for row, i in enumerate(rows):
         y = top + side * row
         parts.append(
@@ -136,7 +136,7 @@ def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
 
 def _cell(found: Stat, at: Cell, x: float, y: float, side: float, *, hits: bool) -> str:
     strong = min(1.0, abs(found.mean - 0.5) * 2)
-    inside: dict[str, str | float | None] = {"x": x + 1, "y": y + 1, "width": side - 2, "height": side - 2, "rx": 2}
+    inside: Attributes = {"x": x + 1, "y": y + 1, "width": side - 2, "height": side - 2, "rx": 2}
     back = tag("rect", fill="var(--wash)", **inside)
     hue = "var(--high)" if found.mean >= 0.5 else "var(--low)"
     wash = tag("rect", fill=hue, fill_opacity=round(0.75 * strong, 3), **inside)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from spin_reg.redact import redacted
 from spin_reg.report import figures, names, sheets, words
@@ -32,8 +31,8 @@ class Section:
     key: str
     title: str
     prose: tuple[str, ...] = ()
-    large: tuple[tuple[Markup, Markup], ...] = ()
-    small: tuple[Markup, ...] = ()
+    large: tuple[tuple[str, str], ...] = ()
+    small: tuple[str, ...] = ()
     sheets: tuple[Any, ...] = ()
     folded: tuple[tuple[str, Any], ...] = ()
     samples: tuple[Any, ...] = ()
@@ -60,10 +59,10 @@ def page(story: Story, beside: Path) -> str:
         facts=words.facts(story),
         key=[(ink, group.label) for group, ink in story.drawn] if story.alone is None else [],
         sections=found,
-        style=Markup(_style(story)),
-        script=Markup(script),
+        style=_style(story),
+        script=script,
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
-        marks=[Markup(_mark(story, i)) for i in range(len(story.groups))],
+        marks=[_mark(story, i) for i in range(len(story.groups))],
         unread=story.unread,
         repeats=[run.root.name for run in story.repeats],
     )
@@ -129,12 +128,12 @@ def _overview(story: Story) -> Section | None:
     if not main and sheet is None:
         return None
     prose = (f"A ring marks the best iterate of each curve; {story.spread}. {words.AXES[0]}", words.AXES[1])
-    large = tuple((Markup(one.draw(WIDE)), Markup(one.draw(NARROW))) for one in main)
+    large = tuple((one.draw(WIDE), one.draw(NARROW)) for one in main)
     return Section("overview", "Overview", prose, large=large, sheets=() if sheet is None else (sheet,))
 
 
 def _drawn(key: str, title: str, made: list[Figure], *prose: str) -> Section | None:
-    small = tuple(Markup(one.draw(SMALL)) for one in made)
+    small = tuple(one.draw(SMALL) for one in made)
     return Section(key, title, prose, small=small) if made else None
 
 

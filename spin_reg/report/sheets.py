@@ -234,7 +234,8 @@ def listing(story: Story, beside: Path) -> Sheet:
 def settings(story: Story) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """What all runs share, as (key, value); and what differs, with all its values."""
     keys = list(dict.fromkeys(key for group in story.groups for key in group.settings))
-    shared, differ = [], []
+    shared: list[tuple[str, str]] = []
+    differ: list[tuple[str, str]] = []
     for key in (key for key in keys if key != SEED):
         found = list(dict.fromkeys(_json(group.settings[key]) for group in story.groups if key in group.settings))
         everywhere = all(key in group.settings for group in story.groups)

@@ -10,6 +10,7 @@ from html import escape
 
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), 127) if code not in (9, 10)}
 BROKEN = re.compile("[\ud800-\udfff\ufffe\uffff]")  # what XML and UTF-8 cannot hold
+Attributes = dict[str, str | float | None]
 CHAR = 0.56  # width of a character against the size of the font, on the wide side for a sans
 
 

@@ -28,8 +28,9 @@ GAME = (
 )
 CROSSPLAY = (
     "Discriminator fᵢ is what the iteration that made iterate i learned; each cell says how often it tells a real "
-    "answer from one of iterate j. Blue is more often than by chance, orange less often. Right of the line answers are as "
-    "new as the discriminator or newer: an old one that wins there again says that the policy forgets, or goes in circles."
+    "answer from one of iterate j. Blue is more often than by chance, orange less often. Right of the line answers are "
+    "as new as the discriminator or newer: an old one that wins there again says that the policy forgets, or goes in "
+    "circles."
 )
 TRAINING = "On the training pairs, before each step; every iteration is drawn as wide as any."
 OTHERS = "What was measured beyond that."
@@ -128,14 +129,14 @@ def lead(story: Story) -> list[str]:
         (group, groups.over(made, lambda v: v.best)) for group, made in zip(story.groups, story.judged, strict=True)
     ]
     known = [(group, best) for group, best in bests if best is not None]
-    base = groups.stat([v.base for made in story.judged for v in made.values()])
-    if not known or base is None:
+    start = groups.stat([v.base for made in story.judged for v in made.values()])
+    if not known or start is None:
         return ["Fewer than two iterates have been evaluated, so there is nothing to compare yet."]
     good = sorted(known, key=lambda one: metrics.badness(metric, one[1].mean))
     uneven = len({found.n for _, found in known}) > 1
     few = "; ".join(f"{group.label}: {_mean(found, uneven)}".replace(" ", "\xa0") for group, found in good[:4])
     more = f" and {len(good) - 4} more" if len(good) > 4 else ""
-    return [f"{name} at the best iterate of each run: {few}{more}. The base has {number(base.mean)}."]
+    return [f"{name} at the best iterate of each run: {few}{more}. The base has {number(start.mean)}."]
 
 
 def _mean(found: Stat, uneven: bool) -> str:

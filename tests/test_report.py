@@ -87,7 +87,7 @@ def affine(drawing: ElementTree.Element, anchor: str) -> Callable[[float], float
     axis = "y" if anchor == "end" else "x"
     ticks = []
     for one in drawing.iter(f"{SVG}text"):
-        words = (one.text or "").replace("−", "-").replace("base", "0")
+        words = (one.text or "").replace("−", "-").replace("base", "0" if axis == "x" else "base")
         if one.get("text-anchor") == anchor and re.fullmatch(r"-?[\d.]+", words):
             ticks.append((float(one.get(axis, "")) - (3.8 if axis == "y" else 0), float(words)))
     (a, low), *_, (b, high) = ticks

@@ -161,14 +161,18 @@ def bar(frame: Frame, ink: Ink, point: Point) -> str:
     return tag("line", x1=x, x2=x, y1=frame.y(point.low), y2=frame.y(point.high), **look)
 
 
-def area(frame: Frame, one: Series) -> str:
-    """The spread of a curve as an area, point to point where it is known."""
+def area(frame: Frame, one: Series, beside: int) -> str:
+    """The spread of a curve as an area, point to point where it is known; the fainter the more there are."""
     made = []
     for before, after in pairwise(one.points):
         if None not in (before.low, before.high, after.low, after.high):
             some = [(p.x, p.low) for p in (before, after)] + [(p.x, p.high) for p in (after, before)]
             made.append(path([(frame.x(x), frame.y(y or 0.0)) for x, y in some], close=True))
-    return tag("path", d="".join(made), fill=one.ink.colour, fill_opacity=0.13) if made else ""
+    return (
+        tag("path", d="".join(made), fill=one.ink.colour, fill_opacity=round(min(0.14, 0.4 / beside), 3))
+        if made
+        else ""
+    )
 
 
 def line(frame: Frame, points: Sequence[tuple[float, float]], ink: Ink, width: float = 1.8) -> str:
@@ -199,7 +203,9 @@ def by_iterate(series: Sequence[Series], head: Head, look: Look, level: tuple[fl
     if level is not None:
         rule(frame, *level)
     for one in series:
-        frame.parts.extend([area(frame, one)] if look.band else [bar(frame, one.ink, p) for p in one.points])
+        frame.parts.extend(
+            [area(frame, one, len(series))] if look.band else [bar(frame, one.ink, p) for p in one.points]
+        )
     for one in series:
         frame.parts.append(line(frame, [(p.x, p.y) for p in one.points], one.ink))
         for p in one.points:

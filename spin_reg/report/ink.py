@@ -35,8 +35,8 @@ class Ink:
 
 def inks(regularizers: Sequence[str]) -> list[Ink]:
     """An ink for each group, given their regularizers in order."""
-    kinds = list(dict.fromkeys(regularizers))
-    others = [kind for kind in kinds if kind not in HUES]
+    others = [kind for kind in dict.fromkeys(regularizers) if kind not in HUES]
+    kinds = [*HUES, *others]
     made = []
     for i, kind in enumerate(regularizers):
         light, dark = HUES[kind] if kind in HUES else MORE[others.index(kind) % len(MORE)]

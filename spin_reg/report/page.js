@@ -17,7 +17,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
         const [x, y] = [key(a), key(b)];
         if (x !== undefined && y !== undefined) return up ? x - y : y - x;
         if (x !== undefined || y !== undefined) return x === undefined ? 1 : -1;  // what is not known stays last
-        const order = a.cells[i].textContent.localeCompare(b.cells[i].textContent, "en", { numeric: true });
+        const order = a.cells[i].textContent.localeCompare(b.cells[i].textContent, "en");
         return up ? order : -order;
       });
       table.tBodies[0].append(...rows);

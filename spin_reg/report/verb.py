@@ -32,8 +32,7 @@ class Made:
     unread: Sequence[SpinRegError]
 
     def words(self) -> str:
-        drawn = f"   ({self.count} figures in {short(self.figures)})" if self.count else ""
-        return f"report   {short(self.page)}{drawn}"
+        return f"report   {short(self.page)}"
 
 
 class _Words(argparse.ArgumentParser):
@@ -111,6 +110,8 @@ def main(words: Sequence[str]) -> Sequence[SpinRegError]:
     given = arguments(words)
     made = report(given.folders, to=given.to, metric=given.metric, png=given.png)
     print(made.words())
+    if made.count:
+        print(f"figures  {short(made.figures)} ({made.count})")
     return made.unread
 
 

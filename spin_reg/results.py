@@ -113,7 +113,7 @@ def recorded(root: Path, stopped: Stop | None) -> bool:
 
 
 def record(root: Path, stopped: Stop | None) -> None:
-    """Write, or take away, the run folder's word of an early end; it is for people, nothing is read from it."""
+    """Write, or take away, the run folder's word of an early end; it is for people and their report alone."""
     if stopped is None:
         durable.remove(root / STOPPED)
     elif not recorded(root, stopped):

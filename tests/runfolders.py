@@ -35,6 +35,7 @@ def run(
     settings: Mapping[str, Any] | None = None,
     *,
     iterations: int | None = None,
+    data: str = "8badf00d",
     steps: int = 4,
     samples: Sequence[Mapping[str, str]] = (),
     crossplay: Mapping[tuple[int, int], float] | None = None,
@@ -44,13 +45,17 @@ def run(
 
     Args:
         iterations: planned; else as many as were played.
+        data: the hash of the data's file.
         more: further rows of metrics.jsonl.
     """
     count = max((len(values) for values in curves.values()), default=0)
     durable.make_folder(root)
     mine = SETTINGS | dict(settings or {})
     record = {"created": "2026-01-02T03:04:05+00:00", "cwd": "/", "overrides": [], "settings": mine}
-    record |= {"iterations": max(0, count - 1) if iterations is None else iterations, "sources": {}}
+    record |= {
+        "iterations": max(0, count - 1) if iterations is None else iterations,
+        "sources": {"data": {"sha256": [data]}},
+    }
     record |= {"versions": {"python": "3.11"}, "command": ["/bin/spin-reg", "tracker=none"]}
     durable.write_record(root / "run.json", record)
     rows: list[dict[str, Any]] = []

@@ -183,12 +183,14 @@ def test_runs_are_grouped_by_all_settings_but_the_seed(tmp_path: Path) -> None:
     run(tmp_path / "b", curve, {"seed": 1})
     run(tmp_path / "c", curve, {"schedule.beta": [0.1, 0.1]})
     run(tmp_path / "d", curve, KL | {"regularizer.alpha": [0.5, 1.0]})
+    run(tmp_path / "e", curve, {"seed": 2}, data="0123456789")  # its file holds something else by now
     found, _ = gather.runs(gather.roots([tmp_path]))
     made, repeats = groups.group(found)
     assert [(one.label, sorted(one.runs)) for one in made] == [
-        ("none", [0, 1]),
-        ("none, beta 0.1", [0]),
-        ("kl 0.5/1", [0]),
+        ("none, beta 0.1, data 8badf00d", [0]),
+        ("none, data 01234567", [2]),
+        ("none, data 8badf00d", [0, 1]),
+        ("kl 0.5/1, data 8badf00d", [0]),
     ]
     assert [one.root.name for one in repeats] == ["a"]
     assert "repeat the settings and the seed of another run: a." in write(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from spin_reg import durable
 from spin_reg.errors import ConfigError
+from spin_reg.redact import redacted
 from spin_reg.report import charts, groups, maps, names
 from spin_reg.report.charts import Head, Look, Point, Series
 from spin_reg.report.groups import Group, Stat
@@ -170,7 +171,7 @@ def write(story: Story, folder: Path, *, png: bool) -> int:
         ConfigError: PNG is asked for and what draws it is not installed.
     """
     draw = _rasteriser() if png else None
-    made = {figure.name: resolved(figure.draw(FILE), story.inks) for figure in every(story)}
+    made = {figure.name: redacted(resolved(figure.draw(FILE), story.inks)) for figure in every(story)}
     if made:
         durable.make_folder(folder)
     for old in folder.glob("*.svg") if folder.is_dir() else []:

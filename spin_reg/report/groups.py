@@ -61,15 +61,24 @@ def group(runs: Sequence[Run]) -> tuple[list[Group], list[Run]]:
     found: dict[str, dict[int, Run]] = {}
     repeats: list[Run] = []
     for run in sorted(runs, key=lambda run: (-len(run.iterates), run.root.name)):
-        seeds = found.setdefault(_key(run.settings, SEED), {})
+        seeds = found.setdefault(_key(_made_of(run), SEED), {})
         if run.seed in seeds:
             repeats.append(run)
         else:
             seeds[run.seed] = run
     made = [dict(sorted(seeds.items())) for seeds in found.values()]
-    labels = label([next(iter(seeds.values())).settings for seeds in made])
+    labels = label([_made_of(next(iter(seeds.values()))) for seeds in made])
     groups = [Group(words, seeds) for words, seeds in zip(labels, made, strict=True)]
     return sorted(groups, key=_place), repeats
+
+
+def _made_of(run: Run) -> Settings:
+    """The settings, and the contents of what they name: the same path may hold other data in another run."""
+    sources = {kind: run.record["sources"].get(kind, {}).get("sha256", []) for kind in ("model", "data")}
+    return {
+        **run.settings,
+        **{f"sources.{kind}": " ".join(str(s)[:8] for s in sums if s) for kind, sums in sources.items()},
+    }
 
 
 def _place(group: Group) -> tuple[bool, str, float, str]:

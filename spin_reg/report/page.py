@@ -1,11 +1,11 @@
 """The page: one HTML file that needs no network, with drawings, tables, samples and settings in it."""
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from spin_reg.report.story import Story
 from spin_reg.report.svg import tag, visible
 
 HERE = Path(__file__).parent
-FEW = 3  # prompts whose answers are shown for each group of a sweep
+FEW, MANY = 3, 16  # prompts whose answers are shown for each group of a sweep, and of one run
 
 
 @dataclass(frozen=True)
@@ -151,32 +151,28 @@ def _samples(story: Story) -> Section | None:
     for i, group in enumerate(story.groups):
         run = next(iter(group.runs.values()))
         made = samples(run)
-        few = made if story.alone else made[:FEW]
+        few = made[: MANY if story.alone else FEW]
         if few:
-            more = f"{group.label}, seed {run.seed}" + ("" if len(few) == len(made) else f", {len(few)} of {len(made)}")
-            shown.append((i, more, few))
-    prose = (words.SAMPLES,) if story.alone else (words.SAMPLES, "Each run’s own page has all that were kept.")
+            shown.append((i, f"{group.label}, seed {run.seed}, {len(few)} of {len(made)}", few))
+    prose = (words.SAMPLES, "All that were kept are in each run’s iterate-KK/evaluate/samples.json.")
     return Section("samples", "Samples", prose, samples=tuple(shown)) if shown else None
 
 
 def samples(run: Run) -> list[Sample]:
     """The kept answers by prompt, in the order of the iterates."""
-    rows = sorted(enumerate(run.samples), key=lambda one: (_place(run, one[0]), one[1]["iterate"]))
+    counts: Counter[int] = Counter()
+    by_prompt: dict[int, list[Any]] = {}
+    for row in run.samples:  # two prompts may read the same: the n-th of an iterate is the n-th of any
+        by_prompt.setdefault(counts[row["iterate"]], []).append(row)
+        counts[row["iterate"]] += 1
     made = []
-    for _, some in groupby(rows, key=lambda one: _place(run, one[0])):
-        found = [row for _, row in some]
+    for found in by_prompt.values():
         answers = tuple(
             ("base" if r["iterate"] == 0 else str(r["iterate"]), visible(r["generated"]), r["finish_reason"] != "stop")
             for r in found
         )
         made.append(Sample(visible(found[0]["prompt"]), visible(found[0]["real"]), answers))
     return made
-
-
-def _place(run: Run, at: int) -> int:
-    """The how many-th prompt of its iterate a row is: two prompts may read the same."""
-    row = run.samples[at]
-    return sum(1 for other in run.samples[:at] if other["iterate"] == row["iterate"])
 
 
 def _provenance(story: Story, beside: Path) -> Section:

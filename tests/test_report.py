@@ -248,6 +248,9 @@ def test_strength_is_drawn_over_the_alphas_with_spin_as_zero(tmp_path: Path) -> 
     assert [at for at, _ in read] == pytest.approx(alphas * 2, abs=0.01)
     best = [np.mean([min(3.1 + 0.2 * s, 3.2 - a * 0.1, 3.3 + a) for s in (0, 1)]) for a in alphas]
     assert [value for _, value in read] == pytest.approx([*best, *(3.2 - a * 0.1 for a in alphas)], abs=0.003)
+    hollow = [one.get("d", "") for one in drawing.iter(f"{SVG}path") if one.get("fill") == "var(--paper)"]
+    middles = [np.mean([float(part.split(" ")[1]) for part in re.split("[MLZ]", d) if part]) for d in hollow]
+    assert [y(float(middle)) for middle in middles] == pytest.approx(best, abs=0.003)  # squares: the best
 
 
 def test_what_models_and_settings_say_stays_text(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Head:
 @dataclass(frozen=True)
 class Look:
     """Size in pixels; `labels`: names at the ends of curves; `hits`: places that answer a pointer; `band`: the spread
-    as an area, else as a bar at each point.
+    as an area, else as a bar at each point; `margin`: paper around, of a file that stands alone.
     """
 
     width: float = 340
@@ -57,6 +57,7 @@ class Look:
     labels: bool = False
     hits: bool = True
     band: bool = True
+    margin: float = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def drawing(head: Head, look: Look, parts: Sequence[str]) -> str:
     """The svg element around a drawing, with its title and its description."""
     title = text(head.title, 0, 13, font_size=13.5, font_weight=600, fill="var(--ink)")
     below = text(head.words, 0, 29, font_size=SIZE, fill="var(--soft)")
-    size: Attributes = {"width": look.width, "height": look.height}
+    width, height, margin = look.width + 2 * look.margin, look.height + 2 * look.margin, look.margin
+    size: Attributes = {"width": width, "height": height}
     return tag(
         "svg",
         tag("title", _escaped(head.title)),
@@ -86,7 +88,7 @@ def drawing(head: Head, look: Look, parts: Sequence[str]) -> str:
         below,
         *parts,
         xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {coordinate(look.width)} {coordinate(look.height)}",
+        viewBox=" ".join(coordinate(at) for at in (-margin, -margin, width, height)),
         role="img",
         aria_label=f"{head.title}. {head.about}",
         font_family="var(--sans)",

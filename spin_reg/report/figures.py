@@ -16,7 +16,7 @@ from spin_reg.report.story import Story, said
 from spin_reg.report.svg import number
 
 WIDE, NARROW, SMALL = Look(860, 400, labels=True), Look(350, 300), Look()
-FILE = Look(560, 340, labels=True, hits=False)
+FILE = Look(560, 340, labels=True, hits=False, margin=16)
 MOST = 60  # points of one iteration in a training curve
 MARK = '<svg data-by="spin-reg" '
 
@@ -148,7 +148,7 @@ def crossplays(story: Story) -> list[Figure]:
 
 
 def _played(cells: dict[tuple[int, int], Stat], head: Head) -> Callable[[Look], str]:
-    return lambda look: maps.crossplay(cells, head, look.hits)
+    return lambda look: maps.crossplay(cells, head, look)
 
 
 def every(story: Story) -> list[Figure]:

@@ -1,6 +1,7 @@
 """Drawings that are no curves over iterates: strength, stability against quality, and who tells whom apart."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from spin_reg.report.charts import (
     HALO,
@@ -103,12 +104,12 @@ def _shared(one: Box, other: Box) -> float:
     return max(0.0, across) * max(0.0, down)
 
 
-def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
+def crossplay(cells: Mapping[Cell, Stat], head: Head, look: Look) -> str:
     """Accuracies A[i, j] as a map: 1/2 is paper, above it one hue, below it another; the number stands in each cell."""
     rows, columns = sorted({i for i, _ in cells}), range(max(j for _, j in cells) + 1)
     side = 40.0 if len(columns) <= 8 else 30.0
     left, top = 46.0, 74.0
-    look = Look(max(300.0, left + side * len(columns) + 4), top + side * len(rows) + 8)
+    look = replace(look, width=max(300.0, left + side * len(columns) + 4), height=top + side * len(rows) + 8)
     label: Attributes = {"text_anchor": "middle", "font_size": SIZE, "fill": "var(--soft)"}
     parts = [text("answers of iterate", left, top - 24, font_size=SIZE, fill="var(--soft)")]
     parts += [text("base" if j == 0 else str(j), left + side * (j + 0.5), top - 7, **label) for j in columns]
@@ -126,7 +127,7 @@ def crossplay(cells: Mapping[Cell, Stat], head: Head, hits: bool = True) -> str:
         )
         for j in columns:
             if (i, j) in cells:
-                parts.append(_cell(cells[i, j], (i, j), left + side * j, y, side, hits=hits))
+                parts.append(_cell(cells[i, j], (i, j), left + side * j, y, side, hits=look.hits))
     edge = [
         (left + side * min(i, len(columns)), top + side * (row + end)) for row, i in enumerate(rows) for end in (0, 1)
     ]

@@ -19,6 +19,7 @@ from spin_reg import (
     config,
     durable,
     estimate,
+    exact,
     harness,
     origins,
     pace,
@@ -34,7 +35,7 @@ from spin_reg import (
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
-from spin_reg.errors import ConfigError, RunBusy
+from spin_reg.errors import ConfigError, DamagedError, RunBusy
 from spin_reg.fingerprint import file_sha256, plain
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.redact import redacted
@@ -101,8 +102,9 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         if saved["iterations"] > settings.schedule.iterations:  # what was played stays part of the run
             schedule = replace(settings.schedule, iterations=saved["iterations"])
             settings = replace(settings, schedule=schedule)
-    else:
-        sizes.check_positions(settings.model, settings.dataset, settings.generation)
+    matched = settings.evaluation.exact_match.max_new_tokens
+    if saved is None or matched is not None:
+        sizes.check_positions(settings.model, settings.dataset, settings.generation, matched)
     found = origins.found(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
@@ -136,6 +138,7 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     if not root.exists():
         environment(settings)
         read = _check_data(planned, listener)
+    _check_results(planned)
     space.check(planned.outputs, disk(planned, read))
     durable.make_folder(root)
     with rundir.owned(root):  # before anything slow: who comes second is told at once
@@ -229,6 +232,23 @@ def _check_data(planned: Planned, listener: Listener) -> dict[Split, int] | None
     assert isinstance(spec, PrepareSpec)
     listener.stage(1, len(planned.stages), planned.stages[0], planned.states[0])
     return stage.check(spec, Context(listener.progress, poll=stopping.poll))
+
+
+def _check_results(planned: Planned) -> None:
+    """Most real answers must have a result, where results are to be matched; told as soon as the data are known."""
+    exact_match, spec = planned.config.evaluation.exact_match, planned.stages[0].spec
+    if exact_match.regex is None:
+        return
+    from spin_reg.stages import prepare as stage
+
+    assert isinstance(spec, PrepareSpec)
+    try:
+        made = rundir.read(_data_folder(planned), f"{Split.heldout}.parquet")
+    except DamagedError:  # it is made again
+        made = None
+    real = stage.heldout_answers(spec, made)
+    if real:
+        exact.wanted(exact_match, real)
 
 
 def environment(settings: Config) -> None:

@@ -59,6 +59,12 @@ def samples(root: Path, iterations: int) -> list[dict[str, Any]]:
     return [row for k in range(iterations + 1) for row in _read(root, k, "samples.json") or []]
 
 
+def preferences(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
+    """How often iterate k gives real answers the higher log-prob than iterate j, by (k, j): see `stages.evaluate`."""
+    entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "preferences.json") or []]
+    return {(entry["iterate"], entry["over"]): entry for entry in entries}
+
+
 @dataclass(frozen=True)
 class Stop:
     """Why the game ends before its last iteration. `values`: of the last iterates, the newest is `iterate`."""

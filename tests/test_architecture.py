@@ -18,6 +18,8 @@ GROUND = {
     "settings",
     "corpora",
     "benchmarks",
+    "exact",
+    "roles",
     "specs",
     "context",
     "redact",
@@ -49,7 +51,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness"},
+        | {"checkpoint", "fit", "diagnostics", "join", "branches", "columns", "scorer", "selfcheck", "harness"},
         {
             "torch",
             "numpy",

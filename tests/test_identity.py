@@ -22,8 +22,11 @@ RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
 NAME = "replaces the run's name, and no stage"
 LENGTH = "a longer run keeps its name and every stage of the shorter one"
-JUDGED = "what is reported of iterates: no name and no stage but evaluate, held-out scores and the benchmarks"
+JUDGED = (
+    "what is reported of iterates: no name and no stage but evaluate, what it reads of held-out rows, and benchmarks"
+)
 ASKED = "evaluation.benchmarks=[{task:a}]"
+MATCHED = "evaluation=exact_match"
 GROUP = "its keys stand for it"
 
 
@@ -62,6 +65,14 @@ TABLE = [
     Row("evaluation.benchmarks", JUDGED, "[{task: a, num_fewshot: 5}]"),
     Row("evaluation.crossplay", JUDGED, "true"),
     Row("evaluation.enabled", JUDGED, "false"),
+    Row("evaluation.exact_match", GROUP),
+    Row("evaluation.exact_match.max_new_tokens", JUDGED, "9", given=MATCHED),
+    Row("evaluation.exact_match.normalise", JUDGED, "false", given=MATCHED),
+    Row("evaluation.exact_match.real_regex", JUDGED, "x(y)", given=MATCHED),
+    Row("evaluation.exact_match.regex", JUDGED, "x(y)"),
+    Row("evaluation.exact_match.temperature", JUDGED, "0.5", given=MATCHED),
+    Row("evaluation.full_kl", JUDGED, "true"),
+    Row("evaluation.full_kl_prompts", JUDGED, "9", given="evaluation.full_kl=true"),
     Row("evaluation.include_path", RUNTIME, "mine", given=ASKED),  # what its tasks hold counts: Sources.tasks
     Row("evaluation.limit", JUDGED, "9", given=ASKED),
     Row("evaluation.num_samples", JUDGED, "3"),
@@ -221,7 +232,8 @@ def test_every_key_does_what_it_is_declared_to_do(row: Row, option: str) -> None
             changed = {name for name in new if name in old and new[name] != old[name]}
             judged = {name for name in new if name.endswith("/evaluate") or "/benchmarks/" in name}
             assert changed <= judged
-            assert all("/scores/heldout" in name or name in judged for name in new.keys() - old.keys())
+            read = ("/scores/heldout", "/answers/heldout-", "/divergence/")
+            assert all(any(part in name for part in read) or name in judged for name in new.keys() - old.keys())
 
 
 def test_alpha_is_a_shorthand() -> None:
@@ -263,7 +275,7 @@ def test_a_new_version_remakes_the_stages_of_its_kind_and_what_comes_after(
     spec: Any, model: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = ("dataset=jsonl", "dataset.path=x.jsonl", "dataset.generated=published")
-    settings = loaded((*model, *(published if spec.kind == "published" else ()), ASKED))
+    settings = loaded((*model, *(published if spec.kind == "published" else ()), ASKED, "evaluation.full_kl=true"))
     stages, old = plan(settings, KNOWN), prints(settings)
     touched: set[str] = set()
     for stage in stages:  # in the order in which they are made

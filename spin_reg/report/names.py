@@ -25,6 +25,14 @@ NAMES = {
     "eval/heldout_nll_change": Name("NLL change from the base", NATS, (0.0, "")),
     "eval/heldout_real_logprob": Name("Log-prob of real answers", NATS),
     "eval/heldout_generated_logprob": Name("Log-prob of generated answers", NATS),
+    "eval/exact_match": Name("Exact match", "share of prompts"),
+    "eval/exact_match_answered": Name("Answers with a result", "share of prompts"),
+    "eval/exact_match_change": Name("Exact match against the base", "share of prompts", (0.0, "")),
+    "eval/preferred_to_base": Name("Real answers likelier than by the base", "share", (0.5, "")),
+    "eval/preferred_to_previous": Name("Likelier than by the iterate before", "share", (0.5, "")),
+    "eval/kl_to_base_full": Name("KL to the base, whole vocabulary", NATS),
+    "eval/kl_to_previous_full": Name("KL to the iterate before, whole vocabulary", NATS),
+    "eval/self_bleu": Name("Self-BLEU", "1: all alike"),
     "eval/kl_to_base": Name("KL to the base", NATS),
     "eval/kl_to_previous": Name("KL to the iterate before", NATS),
     "eval/length_mean": Name("Mean length", "tokens"),
@@ -45,15 +53,27 @@ NAMES = {
     "train/accuracy": Name("Accuracy", "share of pairs", (0.5, "chance")),
     "train/grad_norm": Name("Gradient norm", "before clipping"),
 }
-QUALITY = ("eval/kl_data", "eval/kl_off", "eval/heldout_nll", "eval/heldout_nll_change", "eval/kl_data_reverse")
+QUALITY = (
+    "eval/kl_data",
+    "eval/kl_off",
+    "eval/heldout_nll",
+    "eval/heldout_nll_change",
+    "eval/kl_data_reverse",
+    "eval/exact_match",
+    "eval/exact_match_change",
+    "eval/preferred_to_base",
+)
 DRIFT = (
     "eval/kl_to_base",
     "eval/kl_to_previous",
+    "eval/kl_to_base_full",
+    "eval/kl_to_previous_full",
     "eval/length_mean",
     "eval/length_auc",
     "eval/cutoff_share",
     "eval/token_entropy",
     "eval/distinct_2",
+    "eval/self_bleu",
 )
 GAME = (
     "eval/margin",

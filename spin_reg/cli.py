@@ -24,6 +24,7 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
   spin-reg export RUN --to FOLDER   an iterate as a Hugging Face folder, an adapter merged [--iterate K]
   spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
   spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
+  spin-reg report DIR... [--to F]   one HTML page and its figures about a run or a sweep [--metric NAME] [--png]
   spin-reg gc [DIR] [--yes]         what nothing needs any more, by name and size; --yes removes it
 
   spin-reg train --help             every group and every setting
@@ -70,7 +71,7 @@ def _dispatch(program: str, words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "export", "sync", "status", "gc") and {"-h", "--help"} & set(rest):
+    if verb in ("resume", "export", "sync", "report", "status", "gc") and {"-h", "--help"} & set(rest):
         print(USAGE, end="")
         return 0
     if verb == "--version":
@@ -102,7 +103,11 @@ def _complete(program: str, words: list[str]) -> int:
 
 
 def _train(program: str, words: list[str]) -> int:
-    return _compose(program, words, _run)
+    made: list[Path] = []
+    code = _compose(program, words, partial(_run, made=made))
+    if len(set(made)) > 1:
+        _page_after(list(dict.fromkeys(made)))
+    return code
 
 
 def _plan(program: str, words: list[str]) -> int:
@@ -162,6 +167,20 @@ def _gc(program: str, words: list[str]) -> int:
     return runs.gc(words, conf_dir())
 
 
+def _page(program: str, words: list[str]) -> int:
+    from spin_reg.report import verb
+
+    return next(iter([_report(error) for error in verb.main(words)]), 0)
+
+
+def _page_after(roots: list[Path]) -> None:
+    """The page about what is finished; why there is none is told, and is no failure of the run."""
+    from spin_reg.report import verb
+
+    for error in verb.after(roots):
+        _report(error)
+
+
 def _status(program: str, words: list[str]) -> int:
     from spin_reg import status
 
@@ -176,6 +195,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "evaluate": _evaluate,
     "export": _export,
     "sync": _sync,
+    "report": _page,
     "status": _status,
     "gc": _gc,
 }
@@ -248,7 +268,7 @@ def _planned(cfg: Any, *, only_evaluate: bool = False, again: bool = False) -> A
     return launch.prepare(settings, only_evaluate=only_evaluate)
 
 
-def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False) -> None:
+def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, made: list[Path] | None = None) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -265,6 +285,10 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False) -> None:
             finally:
                 screen.close()
         closing_words(planned, screen, everything=only_evaluate)
+        if planned.made:
+            _page_after([planned.root])
+        if made is not None:
+            made.append(planned.root)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             stopping.poll()  # a signal that came when this point was all but done is meant for the others
 

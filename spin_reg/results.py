@@ -54,6 +54,11 @@ def crossplay(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
     return {(entry["discriminator"], entry["answers"]): entry for entry in entries}
 
 
+def samples(root: Path, iterations: int) -> list[dict[str, Any]]:
+    """The first held-out prompts with their real answers and those of every iterate, in order."""
+    return [row for k in range(iterations + 1) for row in _read(root, k, "samples.json") or []]
+
+
 def preferences(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
     """How often iterate k gives real answers the higher log-prob than iterate j, by (k, j): see `stages.evaluate`."""
     entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "preferences.json") or []]
@@ -114,7 +119,7 @@ def recorded(root: Path, stopped: Stop | None) -> bool:
 
 
 def record(root: Path, stopped: Stop | None) -> None:
-    """Write, or take away, the run folder's word of an early end; it is for people, nothing is read from it."""
+    """Write, or take away, the run folder's word of an early end; it is for people and their report alone."""
     if stopped is None:
         durable.remove(root / STOPPED)
     elif not recorded(root, stopped):

@@ -25,7 +25,7 @@ def benchmarks_table(root: Path, stages: Sequence[Stage]) -> Table | None:
     for row in rows:
         for key in (k for k in row if k.startswith("eval/") and not k.endswith("_se")):
             _, task, metric = key.split("/", 2)
-            cells.setdefault((f"{task} ({_how(row)})", metric), {})[row["iterate"]] = _cell(row, key)
+            cells.setdefault((f"{task} ({how(row)})", metric), {})[row["iterate"]] = _cell(row, key)
     harness = ", ".join(sorted({str(row["lm_eval"]) for row in rows}))
     table = Table(title=f"lm-eval {harness}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("benchmark")
@@ -37,7 +37,8 @@ def benchmarks_table(root: Path, stages: Sequence[Stage]) -> Table | None:
     return table
 
 
-def _how(row: Row) -> str:
+def how(row: Row) -> str:
+    """How a task was asked: what is asked in another way is another measurement."""
     version = "" if row["task_version"] is None else f"version {row['task_version']}, "
     chat = ", chat" if row["apply_chat_template"] else ""
     return f"{version}{row['num_fewshot']}-shot{chat}, n={row['items']}"

@@ -75,8 +75,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
         {"filelock", "wandb", "accelerate"},
     ),
     (
-        {"cli", "console", "scoreboard", "overrides", "runs", "export", "vetting", "status"},
-        {"hydra", "rich", "omegaconf", "yaml"},
+        {"cli", "console", "scoreboard", "overrides", "runs", "export", "vetting", "status", "report"},
+        {"hydra", "rich", "omegaconf", "yaml", "jinja2", "resvg_py"},
     ),
 ]
 LATE_ONLY = {

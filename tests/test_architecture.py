@@ -69,7 +69,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
         {"plan", "stage", "policies", "pace", "origins", "versions", "rundir", "runner", "launch", "space", "estimate"}
-        | {"runlog", "results", "tracking"},
+        | {"runlog", "results", "tracking", "groups"},
         {"filelock", "wandb", "accelerate"},
     ),
     (

@@ -70,7 +70,7 @@ def _dispatch(program: str, words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "export", "sync", "status", "gc") and {"-h", "--help"} & set(rest):
+    if verb in ("resume", "export", "sync", "gc") and {"-h", "--help"} & set(rest):
         print(USAGE, end="")
         return 0
     if verb == "--version":
@@ -166,8 +166,7 @@ def _gc(program: str, words: list[str]) -> int:
 def _status(program: str, words: list[str]) -> int:
     from spin_reg import status
 
-    status.show(Path(words[0] if words else "outputs"))
-    return 0
+    return status.main(words)
 
 
 VERBS: dict[str, Callable[[str, list[str]], int]] = {

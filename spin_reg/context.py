@@ -56,5 +56,5 @@ class Logged:
         since, began = self.first
         if now - self.said >= EVERY and done > since:
             self.said = now
-            at = {"done": done, "total": total, "since": since, "seconds": round(now - began, 2)}
+            at = {"done": done, "total": total, "since": since, "seconds": round(now - began, 2), "unit": unit}
             log.info("%s: at %s", self.name, json.dumps(at))

@@ -18,7 +18,7 @@ from spin_reg.errors import DamagedError, RunBusy, SpinRegError
 from spin_reg.fingerprint import digest, file_sha256, plain
 from spin_reg.stage import Stage
 
-MANIFEST, RUN, STAGES = "stage.json", "run.json", ".stages"
+MANIFEST, RUN, STAGES, OWNER = "stage.json", "run.json", ".stages", ".owner.json"
 MARKER = f"{durable.SCRATCH}/fingerprint"
 WEIGHTS = "*.safetensors"
 SMALL = 1 << 16  # bytes; files up to this size are hashed whenever a stage is looked at, larger ones when used
@@ -282,7 +282,7 @@ def owned(root: Path) -> Iterator[None]:
     Raises:
         RunBusy: another process holds it; host, process id and age are named.
     """
-    lock, owner = FileLock(root / ".lock"), root / ".owner.json"
+    lock, owner = FileLock(root / ".lock"), root / OWNER
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

@@ -23,7 +23,9 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
   spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
   spin-reg export RUN --to FOLDER   an iterate as a Hugging Face folder, an adapter merged [--iterate K]
   spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
-  spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
+  spin-reg status [DIR]             how far runs are; of one, the family tree of its iterates [--watch] [--json]
+  spin-reg ls [DIR] [key=value]     the runs in a folder (default: outputs), by what sets them apart
+  spin-reg compare A B              two runs, or two sets of seeds: settings, metrics, answers
   spin-reg gc [DIR] [--yes]         what nothing needs any more, by name and size; --yes removes it
 
   spin-reg train --help             every group and every setting
@@ -157,6 +159,18 @@ def _export(program: str, words: list[str]) -> int:
     return _compose(program, words_of("export", [given.run]), partial(export.task, k=given.iterate, to=given.to))
 
 
+def _ls(program: str, words: list[str]) -> int:
+    from spin_reg import listing
+
+    return listing.main(words)
+
+
+def _compare(program: str, words: list[str]) -> int:
+    from spin_reg import compare
+
+    return compare.main(words)
+
+
 def _gc(program: str, words: list[str]) -> int:
     from spin_reg import runs
 
@@ -177,6 +191,8 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "export": _export,
     "sync": _sync,
     "status": _status,
+    "ls": _ls,
+    "compare": _compare,
     "gc": _gc,
 }
 

@@ -9,9 +9,9 @@ from typing import Any
 from spin_reg import durable, metrics, rundir
 from spin_reg.errors import DamagedError
 from spin_reg.fingerprint import plain
-from spin_reg.stage import Stage
 from spin_reg.settings import Schedule
 from spin_reg.specs import BenchmarkSpec, EvaluateSpec, TrainSpec
+from spin_reg.stage import Stage
 
 Values = dict[str, float]
 STOPPED = "stopped.json"

@@ -16,9 +16,10 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, r
     Args:
         right: the columns whose cells are numbers.
     """
+    rows = [[_printable(cell) for cell in cells] for cells in rows]
     if not sys.stdout.isatty():
         for cells in (columns, *rows):
-            print("\t".join(" ".join(cell.split()) for cell in cells))
+            print("\t".join(cells))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -33,10 +34,20 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, r
     Console(highlight=False).print(table)
 
 
+def _printable(cell: str) -> str:
+    """Text on one line, and nothing in it that a terminal would obey: models and files may say anything."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(cell.split()))
+
+
 def say(text: str) -> None:
     """A line for people: nothing where a program reads."""
     if sys.stdout.isatty():
         print(text)
+
+
+def part(title: str) -> None:
+    """Begin a part of several: an empty line and its title, with # before it where a program reads."""
+    print(f"\n{title}" if sys.stdout.isatty() else f"# {title}")
 
 
 def show_json(value: Any, *, line: bool = False) -> None:

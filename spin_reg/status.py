@@ -8,6 +8,7 @@ from typing import Any
 
 from spin_reg import sheet, survey
 from spin_reg.errors import ConfigError
+from spin_reg.pace import duration, human
 from spin_reg.survey import Member, Seen
 
 EVERY = 2.0  # seconds between two looks with --watch
@@ -105,9 +106,6 @@ def draw(folder: Path, seen: Sequence[Seen], tree: Sequence[Member] | None, *, j
 
 def cells(run: Seen) -> list[str]:
     """One run in the words of `COLUMNS`."""
-    from spin_reg.pace import duration
-    from spin_reg.space import human
-
     far = f" {run.done}/{run.total} {run.unit or ''}".rstrip() if run.done is not None else ""
     newest = max(run.heldout_nll, default=None) if run.heldout_nll else None
     return [

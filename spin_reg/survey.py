@@ -206,9 +206,7 @@ def _end(text: str) -> tuple[str, str | None]:
 
 def _work(text: str, begun: Sequence[str]) -> dict[str, Any]:
     """The stage at work, and how far it is, by the log; else the one that is begun, by its folder."""
-    last = None
-    for last in BEGUN.finditer(text):
-        pass
+    last = next(reversed(list(BEGUN.finditer(text))), None)
     if last is None or f": {last[1]}: took " in text[last.end() :]:
         return {"stage": begun[0]} if begun else {}
     found = [at for at in AT.finditer(text, last.end()) if at[1] == last[1]]

@@ -68,12 +68,38 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
-        {"plan", "stage", "policies", "pace", "origins", "versions", "survey", "rundir", "runner", "launch", "space", "estimate"}
+        {
+            "plan",
+            "stage",
+            "policies",
+            "pace",
+            "origins",
+            "versions",
+            "survey",
+            "rundir",
+            "runner",
+            "launch",
+            "space",
+            "estimate",
+        }
         | {"runlog", "results", "tracking", "groups"},
         {"filelock", "wandb", "accelerate"},
     ),
     (
-        {"cli", "console", "scoreboard", "overrides", "runs", "export", "vetting", "status", "sheet", "compare", "listing", "sweeps"},
+        {
+            "cli",
+            "console",
+            "scoreboard",
+            "overrides",
+            "runs",
+            "export",
+            "vetting",
+            "status",
+            "sheet",
+            "compare",
+            "listing",
+            "sweeps",
+        },
         {"hydra", "rich", "omegaconf", "yaml"},
     ),
 ]

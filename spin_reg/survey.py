@@ -19,7 +19,7 @@ TAIL = 1 << 16  # bytes of a log that hold how its last call ended
 ENDED = re.compile(r"ERROR spin_reg\.launch: the run ended early: (\w+): (.*)$", flags=re.M)
 BEGUN = re.compile(r": (\S+): todo \(", flags=re.M)
 AT = re.compile(r": (\S+): at (\{.*\})$", flags=re.M)
-TAKEN = re.compile(r": (\S+): reuse \(the same stage lies in (.+)\)$", flags=re.M)
+TAKEN = re.compile(r": (\S+): taken from (.+)$", flags=re.M)
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,8 @@ def _work(text: str, begun: Sequence[str]) -> dict[str, Any]:
     last = next(reversed(list(BEGUN.finditer(text))), None)
     if last is None or f": {last[1]}: took " in text[last.end() :]:
         return {"stage": begun[0]} if begun else {}
+    if f": {last[1]}: waits: " in text[last.end() :]:
+        return {"stage": f"{last[1]} (another run is making it)"}
     found = [at for at in AT.finditer(text, last.end()) if at[1] == last[1]]
     if not found:
         return {"stage": last[1]}

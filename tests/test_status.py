@@ -71,7 +71,7 @@ def test_finished_runs_and_the_family_of_one(swept: Swept, command: Command) -> 
     assert [m["reference"] for m in tree] == [None, "log pi_0", "0.5 log pi_1 + 0.5 log pi_0"]
     assert [m["answers"] for m in tree] == [{}, {"0": 1.0}, {"1": 1.0}] and [m["parent"] for m in tree] == [None, 0, 1]
     taken = {name for m in tree for name in m["reused"].get(plain.name, [])}
-    told = set(re.findall(r"(\S+): reuse", (mixed / "run.log").read_text()))
+    told = set(re.findall(r"(\S+): taken from", (mixed / "run.log").read_text()))
     assert taken | {"data"} == told and {"iterate-00/sft", "iteration-00/train"} <= taken
     (other,) = json.loads(command("status", str(plain), "--json").out)["runs"]
     assert other["tree"][2]["reference"] == "log pi_1" and other.keys() == found.keys()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spin_reg import claims, durable, rundir, stopping, usage
-from spin_reg.context import Context, Logged
+from spin_reg.context import Context, Logged, Sink
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
@@ -50,13 +50,6 @@ class Listener(Protocol):
 
     def finished(self, stage: Stage, seconds: float) -> None:
         """The running stage is done."""
-
-
-class Sink(Protocol):
-    """Where metrics rows are mirrored to; a row's index is its line in the run's metrics.jsonl."""
-
-    def log(self, index: int, row: dict[str, Any]) -> None:
-        """One metrics row."""
 
 
 def state_of(root: Path, outputs: Path, stage: Stage) -> State:

@@ -76,6 +76,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "origins",
             "versions",
             "survey",
+            "claims",
             "rundir",
             "runner",
             "launch",

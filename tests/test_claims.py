@@ -22,6 +22,12 @@ def no_wait() -> None:
     """Nothing to do meanwhile."""
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look often whether the other one is done."""
+    monkeypatch.setattr(claims, "EVERY", 0.02)
+
+
 def test_stages_that_two_runs_want_at_once_are_made_once(tmp_path: Path) -> None:
     plans = [stages("regularizer=none", "evaluation=none"), stages("alpha=0.5", "evaluation=none")]
     made: list[str] = []
@@ -68,10 +74,7 @@ def test_who_waits_makes_the_stage_where_the_other_one_failed(tmp_path: Path) ->
     thread.join()
 
 
-def test_the_system_frees_what_a_killed_process_held_and_a_signal_ends_the_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(claims, "EVERY", 0.02)
+def test_the_system_frees_what_a_killed_process_held_and_a_signal_ends_the_wait(tmp_path: Path) -> None:
     (stage,) = stages("regularizer=none", "evaluation=none")[:1]
     path = tmp_path / rundir.STAGES / f".{stage.fingerprint}.lock"
     path.parent.mkdir()

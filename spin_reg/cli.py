@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_reg import __version__, stopping
-from spin_reg.errors import ConfigError, SpinRegError, Stopped
+from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 
 USAGE = """\
@@ -49,20 +49,21 @@ def main() -> None:
     try:
         code = _dispatch(program, words)
     except SpinRegError as error:
-        code = _report(error)
+        code = report(error)
     except KeyboardInterrupt:  # before a run listens for signals there is nothing to save
-        code = _report(stopping.stopped())
+        code = report(stopping.stopped())
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
     except Exception as error:
-        code = _report(_ours(error, traceback_wanted="HYDRA_FULL_ERROR" in os.environ))
+        code = report(ours(error, full="HYDRA_FULL_ERROR" in os.environ))
     from spin_reg import tracking
 
     tracking.leave(code)
 
 
-def _report(error: SpinRegError) -> int:
+def report(error: SpinRegError) -> int:
+    """Print an error; returns its exit code."""
     print(redacted(f"spin-reg: {error}"), file=sys.stderr)
     return error.exit_code
 
@@ -104,7 +105,9 @@ def _complete(program: str, words: list[str]) -> int:
 
 
 def _train(program: str, words: list[str]) -> int:
-    return _compose(program, words, _run)
+    from spin_reg.sweeps import group
+
+    return _compose(program, words, partial(_run, group=group(words)))
 
 
 def _plan(program: str, words: list[str]) -> int:
@@ -201,85 +204,81 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     """Hand the words to Hydra; its errors come back as ours."""
     import hydra
 
-    from spin_reg import config, overrides
-    from spin_reg.runs import quoted
+    from spin_reg import config, overrides, points, sweeps
 
     config.register()
     overrides.register_help(conf_dir())
     overrides.check(words)
     sys.argv = [program, *words]
-    shown = os.environ.get("HYDRA_FULL_ERROR")
+    full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting
-    failures: list[SpinRegError] = []
-    unread: list[BrokenPipeError] = []
+    compose = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    failures: list[Exception] = []
 
-    def guarded(cfg: Any) -> None:
-        """One run; its failure is told at once, and in a sweep the other points still run, unless a signal came."""
-        if any(isinstance(failure, Stopped) for failure in failures):
-            return
+    def alone(cfg: Any) -> None:
         try:
             task(cfg)
-        except BrokenPipeError as error:  # Hydra would print what it catches
-            unread.append(error)
-        except Exception as error:
-            failures.append(_ours(error, traceback_wanted=bool(shown)))
-            _report(failures[-1])
+        except Exception as error:  # Hydra would print what it catches
+            failures.append(error)
 
     try:
-        with stopping.temporary_folder() as scratch:  # Hydra leaves a multirun.yaml; run.json already says all of it
-            if {"-m", "--multirun"} & set(words) and not any(w.startswith("hydra.sweep.dir=") for w in words):
-                sys.argv.append(f"hydra.sweep.dir={quoted(scratch)}")
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
+        if sweeps.MULTIRUN & set(words):
+            return sweeps.run(compose, words, points.Point(task, full=bool(full)))
+        compose(alone)()
     except BrokenPipeError:
         raise
     except Exception as error:
-        raise _ours(error, traceback_wanted=bool(shown)) from error
+        failures.append(error)
     finally:
-        if shown is None:
+        if full is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    if unread:
-        raise unread[0]
-    codes = [failure.exit_code for failure in failures]
-    return Stopped.exit_code if Stopped.exit_code in codes else next(iter(codes), 0)
+    if failures and isinstance(failures[0], BrokenPipeError):
+        raise failures[0]
+    return report(ours(failures[0], full=bool(full))) if failures else 0
 
 
-def _ours(error: Exception, *, traceback_wanted: bool) -> SpinRegError:
+def ours(error: Exception, *, full: bool) -> SpinRegError:
+    """An error as one of ours; `full`: its traceback is printed."""
     from spin_reg import overrides
 
-    if traceback_wanted:
+    if full:
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return error if isinstance(error, SpinRegError) else overrides.explain(error)
 
 
-def _planned(cfg: Any, *, only_evaluate: bool = False) -> Any:
+def _planned(cfg: Any, *, only_evaluate: bool = False, group: str | None = None) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from spin_reg import config, launch
+    from spin_reg import config, launch, sweeps
 
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    return launch.prepare(config.load(cfg, sweep=sweep), only_evaluate=only_evaluate)
+    settings = sweeps.grouped(config.load(cfg, sweep=sweep), group)
+    return launch.prepare(settings, only_evaluate=only_evaluate)
 
 
-def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
+def _run(cfg: Any, *, only_evaluate: bool = False, group: str | None = None) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from spin_reg import launch
+    from spin_reg import launch, points, results
     from spin_reg.console import Screen, closing_words, short
 
-    screen = Screen()
+    hydra = HydraConfig.get()
+    screen = Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
     with stopping.listening(), screen.warnings():
-        planned = _planned(cfg, only_evaluate=only_evaluate)
+        planned = _planned(cfg, only_evaluate=only_evaluate, group=group)
         stopping.goes_on_by(f"spin-reg resume {shlex.quote(short(planned.root))}", once=planned.root / "run.json")
         if planned.stages and not planned.finished:
             try:
-                planned = launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))
+                planned = launch.execute(planned, listener=screen, overrides=list(hydra.overrides.task))
             finally:
                 screen.close()
+        value = results.objective(planned.root, planned.config.objective)
         closing_words(planned, screen, everything=only_evaluate)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+        if hydra.mode == RunMode.MULTIRUN:
             stopping.poll()  # a signal that came when this point was all but done is meant for the others
+    return points.Made(planned.root, planned.made, value)
 
 
 def _show_plan(cfg: Any) -> None:

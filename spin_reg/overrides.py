@@ -15,6 +15,13 @@ from spin_reg.redact import redacted
 TOP = ("model", "dataset", "regularizer", "schedule", "loss", "generation", "evaluation", "tracker", "hardware")
 GROUPS = (*TOP, "experiment")
 SHELL = {"-sc", "--shell-completion"}
+EXTRAS = {  # Hydra's plugins, by the option that chooses them
+    ("hydra/launcher", "joblib"): "joblib",
+    ("hydra/launcher", "submitit_local"): "submitit",
+    ("hydra/launcher", "submitit_slurm"): "submitit",
+    ("hydra/launcher", "ray"): "ray",
+    ("hydra/sweeper", "optuna"): "optuna",
+}
 VALUED = {  # Hydra's flags that a value follows
     *("--cfg", "-c", "--package", "-p", "--config-name", "-cn"),
     *("--config-path", "-cp", "--config-dir", "-cd", "--info", "-i"),
@@ -115,6 +122,10 @@ def option_names(group: str) -> list[str]:
 
 def _no_option(group: str, name: str) -> ConfigError:
     options = option_names(group)
+    if (group, name) in EXTRAS:
+        extra = EXTRAS[group, name]
+        why, todo = f"it is in an extra that is not here: {extra}", f"pip install spin-reg[{extra}]"
+        return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why=why, todo=todo)
     near = get_close_matches(name, options, n=1, cutoff=0.4)
     todo = (f"did you mean {group}={near[0]}? " if near else "") + f"{group} takes: {', '.join(options)}"
     return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_reg import durable, metrics, rundir
-from spin_reg.errors import DamagedError
+from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.settings import Schedule
 from spin_reg.specs import BenchmarkSpec, EvaluateSpec, TrainSpec
@@ -52,6 +52,25 @@ def crossplay(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
     """A[i, j] by (i, j), as far as it is known: see `stages.evaluate.crossplay`."""
     entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "crossplay.json") or []]
     return {(entry["discriminator"], entry["answers"]): entry for entry in entries}
+
+
+def objective(root: Path, name: str | None) -> float | None:
+    """A metric of the newest iterate that has it; None where no name is given.
+
+    Raises:
+        ConfigError: no iterate has it.
+    """
+    if name is None:
+        return None
+    path = root / "metrics.jsonl"
+    rows = [row for row in (durable.read_jsonl(path) if path.exists() else []) if "iterate" in row]
+    found = {row["iterate"]: float(row[name]) for row in rows if name in row}
+    if not found:
+        measured = ", ".join(sorted({key for row in rows for key in row if key.startswith("eval/")})) or "nothing"
+        raise ConfigError(
+            "The objective was not measured.", where=f"objective={name}", why=str(root), todo=f"there is {measured}"
+        )
+    return found[max(found)]
 
 
 @dataclass(frozen=True)

@@ -230,10 +230,15 @@ def _judged(root: Path, made: frozenset[str]) -> dict[int, float]:
     return found
 
 
+def taken(root: Path) -> dict[str, str]:
+    """The stages that were taken over from other runs, and where from."""
+    return dict(TAKEN.findall(_log(root, None)))
+
+
 def family(root: Path) -> list[Member]:
     """The iterates that are made, or whose pairs are, oldest first."""
     seen = look(root)
-    taken: dict[str, str] = dict(TAKEN.findall(_log(root, None)))
+    others = taken(root)
     judged = seen.heldout_nll or {}
     members, k = list[Member](), 0
     while True:
@@ -241,10 +246,10 @@ def family(root: Path) -> list[Member]:
         pairs = rundir.readable(root / f"iteration-{k - 1:02d}") if k else None
         if model is None and pairs is None:
             return members
-        names = [name for name in taken if re.match(rf"iterate-{k:02d}/|iteration-{k - 1:02d}/", name)]
+        names = [name for name in others if re.match(rf"iterate-{k:02d}/|iteration-{k - 1:02d}/", name)]
         reused: dict[str, list[str]] = {}
         for name in names:
-            reused.setdefault(taken[name].partition("/")[0], []).append(name)
+            reused.setdefault(others[name].partition("/")[0], []).append(name)
         spec = pairs["spec"] if pairs else {}
         members.append(
             Member(

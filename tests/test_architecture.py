@@ -100,6 +100,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "compare",
             "listing",
             "sweeps",
+            "points",
         },
         {"hydra", "rich", "omegaconf", "yaml"},
     ),

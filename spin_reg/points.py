@@ -141,16 +141,8 @@ def table(points: Sequence[Told], same: frozenset[str]) -> None:
         return
     rows = []
     for said in points:
-        own = " ".join(word for word in said.words if word not in common)
         rows.append(
-            [
-                own,
-                result(said),
-                *_outcome(said),
-                "" if said.value is None else f"{said.value:.4g}",
-                duration(said.seconds),
-                _where(said),
-            ]
+            [own(said, same), result(said), *_outcome(said), _number(said.value), duration(said.seconds), _where(said)]
         )
     print()
     columns = ("point", "result", "iterates", "heldout_nll", "reused", "objective", "time", "run")
@@ -170,6 +162,10 @@ def _outcome(said: Told) -> list[str]:
     seen = survey.look(root)
     reused = f"{len(survey.taken(root))}/{seen.stages_total or seen.stages_done}"
     return [f"{len(nll)}" if nll else "", f"{nll[max(nll)]:.3f}" if nll else "", reused]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _where(said: Told) -> str:

@@ -30,7 +30,7 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
 
   spin-reg train --help             every group and every setting
   spin-reg train --cfg job          the composed configuration
-  spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value
+  spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value; hydra/launcher=joblib: several at a time
   eval "$(spin-reg -sc install=bash)"    shell completion (also zsh, fish)
 
 Try it:  spin-reg train regularizer=kl alpha=0.5     (two minutes on a laptop, no network)

@@ -33,8 +33,15 @@ spin-reg train [key=value ...]    play the game: generate, score, train, evaluat
 
 Examples
   spin-reg train regularizer=kl alpha=0.5
-  spin-reg train -m regularizer=kl alpha=0,0.25,0.5,1
+  spin-reg train -m regularizer=kl alpha=0,0.25,0.5,1 'seed=range(3)'
+  spin-reg train -m alpha=0,0.5 hydra/launcher=joblib hydra.launcher.n_jobs=2 hardware.threads=1
+  spin-reg train -m hydra/sweeper=optuna objective=eval/heldout_nll 'alpha=interval(0,1)'
   spin-reg train model=pretrained model.name_or_path=FOLDER dataset=jsonl dataset.path=FILE
+
+Sweeps (-m)
+  key=a,b   key=range(3)   key=interval(0,1) with Optuna. Every point has its own folder; what is the same is made once;
+  finished points are skipped, a failed one does not stop the others, and a table ends it. hydra/launcher=joblib,
+  submitit_local, submitit_slurm or ray (extras) runs points in parallel; spin-reg status --watch looks on.
 
 Groups (choose with group=option)
 {groups}

@@ -47,7 +47,7 @@ def read(root: Path) -> Run | None:
         DamagedError: its run.json is damaged.
     """
     saved = rundir.provenance(root)
-    return saved and Run(root, saved["settings"], results.evaluated(root, saved["iterations"]))
+    return None if saved is None else Run(root, saved["settings"], results.evaluated(root, saved["iterations"]))
 
 
 def grouped(runs: Iterable[Run]) -> list[tuple[Run, ...]]:

@@ -78,9 +78,11 @@ def read(roots: Sequence[Path]) -> tuple[list[Run], list[tuple[Path, str]]]:
     for root in roots:
         try:
             run = groups.read(root)
-        except (DamagedError, ValueError, KeyError, TypeError, OSError) as error:
-            damage = isinstance(error, DamagedError)
-            problems.append((root, f"{error.where}: {error.why}" if damage else f"{type(error).__name__}: {error}"))
+        except DamagedError as error:
+            problems.append((root, f"{error.where}: {error.why}"))
+            continue
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            problems.append((root, f"{type(error).__name__}: {error}"))
             continue
         found += [run] if run is not None else []
     return found, problems

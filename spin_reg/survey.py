@@ -93,20 +93,21 @@ def look(root: Path) -> Seen:
     """A run as it stands; a damaged one says so in its `error`."""
     root = root.resolve()
     files = _files(root)
-    disk = {"disk": files.disk, "shared": files.shared}
     try:
         saved = rundir.provenance(root)
+        why = "it has just been removed"
     except DamagedError as error:
-        return Seen(root.name, str(root), "damaged", error=f"{error.where}: {error.why}", **disk)
+        saved, why = None, error.why
     if saved is None:
-        return Seen(root.name, str(root), "damaged", error=f"{root / rundir.RUN}: it has just been removed", **disk)
+        said = f"{root / rundir.RUN}: {why}"
+        return Seen(root.name, str(root), "damaged", error=said, disk=files.disk, shared=files.shared)
     pieces = _pieces(root)
     todo = {piece.name for piece in pieces or () if piece.folder not in files.made}
     iterates = sum(re.fullmatch(r"iterate-\d+(/model)?", folder) is not None for folder in files.made)
     over = (root / STOPPED).exists() or (not todo if pieces else iterates > saved["iterations"])
     owner = _owner(root)
     text = _log(root, TAIL if over and owner is None else None)
-    state, error = ("running", None) if owner else ("finished", None) if over else _end(text)
+    state, ended = ("running", None) if owner else ("finished", None) if over else _end(text)
     left = pace.left(pieces, todo, text) if pieces and state != "finished" else None
     return Seen(
         root.name,
@@ -119,10 +120,11 @@ def look(root: Path) -> Seen:
         stages_done=len(pieces) - len(todo) if pieces else len(files.made),
         stages_total=len(pieces) if pieces else None,
         seconds_left=left.seconds if left and left.timed else 0.0 if state == "finished" else None,
-        error=error,
+        error=ended,
+        disk=files.disk,
+        shared=files.shared,
         owner=owner,
         heldout_nll=_judged(root, files.made),
-        **disk,
     )
 
 

@@ -204,7 +204,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     """Hand the words to Hydra; its errors come back as ours."""
     import hydra
 
-    from spin_reg import config, overrides, points, sweeps
+    from spin_reg import config, overrides, sweeps
 
     config.register()
     overrides.register_help(conf_dir())
@@ -223,7 +223,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
 
     try:
         if sweeps.MULTIRUN & set(words):
-            return sweeps.run(compose, words, points.Point(task, full=bool(full)))
+            return sweeps.run(compose, words, task, full=bool(full))
         compose(alone)()
     except BrokenPipeError:
         raise

@@ -53,11 +53,12 @@ class Point:
 
     Attributes:
         task: what to do with the composed settings; a function of a module, so that a worker finds it by its name.
-        full: whether tracebacks are printed.
+        full: whether tracebacks are printed. place: the sweep's folder.
     """
 
     task: Callable[[Any], Any]
     full: bool
+    place: Path
 
     def __call__(self, cfg: Any) -> float | None:
         """Returns the objective's value; NaN where there is none."""
@@ -66,14 +67,11 @@ class Point:
         config.register()  # a worker is new
         overrides.register_help(cli.conf_dir())
         hydra = HydraConfig.get()
-        place, number, alone = (
-            Path(hydra.sweep.dir),
-            int(hydra.job.num),
-            hydra.runtime.choices["hydra/launcher"] == "basic",
-        )
-        if (place / STOP).exists():
+        number, alone = int(hydra.job.num), hydra.runtime.choices["hydra/launcher"] == "basic"
+        if (self.place / STOP).exists():
             return float("nan")
-        _write(place / f"{number}.begun", {"host": socket.gethostname(), "pid": os.getpid()})
+        self.place.mkdir(parents=True, exist_ok=True)
+        _write(self.place / f"{number}.begun", {"host": socket.gethostname(), "pid": os.getpid()})
         made, failure, unread, began = None, None, False, time.monotonic()
         try:
             if hydra.runtime.choices["hydra/sweeper"] == "optuna" and cfg.objective is None:
@@ -87,23 +85,22 @@ class Point:
                 cli.report(failure)
         code = failure.exit_code if failure is not None else int(unread)
         if code == Stopped.exit_code:
-            (place / STOP).touch()
-        root, anew, value = (str(made.root), made.anew, made.value) if isinstance(made, Made) else (None, True, None)
-        error_text = None if failure is None else redacted(str(failure))
+            (self.place / STOP).touch()
+        run = made if isinstance(made, Made) else None
         said = Told(
             number,
             list(hydra.overrides.task),
             code,
             time.monotonic() - began,
-            root,
-            anew,
-            value,
-            error_text,
-            unread,
-            alone,
+            root=None if run is None else str(run.root),
+            anew=run is None or run.anew,
+            value=None if run is None else run.value,
+            error=None if failure is None else redacted(str(failure)),
+            unread=unread,
+            shown=alone,
         )
-        _write(place / f"{number}.json", asdict(said))
-        return float("nan") if value is None else value
+        _write(self.place / f"{number}.json", asdict(said))
+        return float("nan") if said.value is None else said.value
 
 
 def _aimless() -> ConfigError:

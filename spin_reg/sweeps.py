@@ -64,17 +64,14 @@ def folder(words: Sequence[str]) -> Iterator[Path]:
 
     With a launcher it lies below `outputs`, which all workers see; else it is a temporary one.
     """
-    given = _value(words, "hydra.sweep.dir")
-    launcher = _value(words, "hydra/launcher")
-    if given is None and launcher in (None, "basic"):
+    if _value(words, "hydra/launcher") in (None, "basic"):
         with stopping.temporary_folder() as scratch:
             yield Path(scratch)
         return
-    outputs = Path(_value(words, "outputs") or "outputs").expanduser()
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    place = (Path(given) if given else outputs / FOLDER / name).absolute()
+    outputs = Path(_value(words, "outputs") or "outputs").expanduser().absolute()
+    place = outputs / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     yield place
-    if given is None and not _lost(place):
+    if not _lost(place):
         shutil.rmtree(place, ignore_errors=True)
         for path in (place.parent, outputs):
             with suppress(OSError):  # something is in it
@@ -145,7 +142,7 @@ def attended(place: Path, same: frozenset[str]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run(compose: Callable[[Any], Any], words: Sequence[str], point: Point) -> int:
+def run(compose: Callable[[Any], Any], words: Sequence[str], task: Callable[[Any], Any], *, full: bool) -> int:
     """Have Hydra make every point; the exit code.
 
     Raises:
@@ -156,11 +153,11 @@ def run(compose: Callable[[Any], Any], words: Sequence[str], point: Point) -> in
         sys.argv += added(words, place)
         try:
             with attended(place, same):
-                compose(point)()
+                compose(Point(task, full, place))()
         except Exception as error:
             if not told(place):
                 raise
-            cli.report(cli.ours(error, full=point.full))
+            cli.report(cli.ours(error, full=full))
             close(place, same)
             return 1
         return close(place, same)

@@ -132,10 +132,10 @@ def result(said: Told) -> str:
     return "done" if said.anew else "was finished"
 
 
-def table(points: Sequence[Told], same: frozenset[str]) -> None:
-    """One row a point: what is its own among the words, how it went, and what came out."""
+def table(points: Sequence[Told], same: frozenset[str]) -> bool:
+    """One row a point: what is its own among the words, how it went, and what came out; False where nothing did."""
     if not any(said.root for said in points):
-        return
+        return False
     rows = []
     for said in points:
         rows.append(
@@ -144,6 +144,7 @@ def table(points: Sequence[Told], same: frozenset[str]) -> None:
     print()
     columns = ("point", "result", "iterates", "heldout_nll", "reused", "objective", "time", "run")
     sheet.show("", columns, rows, right=columns[2:7])
+    return True
 
 
 def _outcome(said: Told) -> list[str]:

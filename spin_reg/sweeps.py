@@ -183,12 +183,12 @@ def close(place: Path, same: frozenset[str]) -> int:
     found, lost = told(place), _lost(place)
     if any(said.unread for said in found):
         raise BrokenPipeError
-    points.table(found, same)
+    shown = points.table(found, same)
     for number in lost:
         print(f"spin-reg: point {number} ended without a word; what its process said: {place}", file=sys.stderr)
     codes = [said.code for said in found]
     stopped = (place / STOP).exists()
-    if stopped or lost or any(codes):
+    if shown and (stopped or lost or any(codes)):
         unfinished = "stopped" if stopped else f"{sum(map(bool, codes)) + len(lost)} of {len(found) + len(lost)} failed"
         print(f"spin-reg: {unfinished}; the same command again makes what is missing", file=sys.stderr)
     return Stopped.exit_code if stopped else next(filter(None, codes), int(bool(lost)))

@@ -130,7 +130,7 @@ def test_wandb_groups_the_points(command: Command, tmp_path: Path, monkeypatch: 
     assert command("train", "-m", *words, "alpha=0,0.5").code == 0
     assert command("train", "-m", *words, "alpha=0,1", "tracker.group=mine").code == 0
     assert command("train", *words, "seed=1").code == 0
-    assert groups == ["alpha=0,0.5"] * 2 + ["mine"] + [None] or groups == ["alpha=0,0.5"] * 2 + ["mine"] * 2 + [None]
+    assert groups == ["alpha=0,0.5"] * 2 + ["mine"] + [None]  # alpha = 0 was finished
 
 
 @pytest.mark.slow

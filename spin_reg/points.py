@@ -141,7 +141,7 @@ def table(points: Sequence[Told], same: frozenset[str]) -> bool:
         rows.append(
             [own(said, same), result(said), *_outcome(said), _number(said.value), duration(said.seconds), _where(said)]
         )
-    print()
+    sheet.say("")
     columns = ("point", "result", "iterates", "heldout_nll", "reused", "objective", "time", "run")
     sheet.show("", columns, rows, right=columns[2:7])
     return True

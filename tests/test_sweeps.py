@@ -47,7 +47,7 @@ def made(place: Path) -> Counter[str]:
 def test_a_sweep_ends_with_a_table_of_its_points(swept: Swept) -> None:
     place, result = swept
     assert result.code == 0, result.err
-    rows = lines(result.out.strip())
+    rows = lines(result.out.strip("\n"))
     assert [row["point"] for row in rows] == [f"alpha={a} seed={s}" for a in ("0", "0.5") for s in (0, 1)]
     assert {row["result"] for row in rows} == {"done"} and [row["run"] for row in rows] == [r.name for r in runs(place)]
     for row, root in zip(rows, runs(place), strict=True):
@@ -63,11 +63,11 @@ def test_a_failed_point_is_told_the_others_are_made_and_the_same_command_skips_t
     words = ["train", "-m", *SMALL, "schedule.iterations=1", "alpha=2,0.5", f"outputs={tmp_path / 'o'}"]
     result = command(*words, "objective=eval/kl_data")
     assert result.code == 2 and "0 to 1" in result.err and "1 of 2 failed" in result.err
-    rows = lines(result.out.strip())
+    rows = lines(result.out.strip("\n"))
     assert [(row["point"], row["result"]) for row in rows] == [("alpha=2", "failed"), ("alpha=0.5", "done")]
     (root,) = runs(tmp_path / "o")
     assert float(rows[1]["objective"]) == pytest.approx(metric(root, 1, "kl_data"), rel=1e-3)
-    assert [row["result"] for row in lines(command(*words).out.strip())] == ["failed", "was finished"]
+    assert [row["result"] for row in lines(command(*words).out.strip("\n"))] == ["failed", "was finished"]
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [".stages", root.name]
 
 
@@ -151,7 +151,7 @@ def test_parallel_points_are_the_same_runs_and_pay_for_no_stage_twice(
     assert result.returncode == 2, result.stderr
     told = result.stderr
     assert "point 2 (alpha=2): failed" in told and "0 to 1" in told and "point 0 (alpha=0): done" in told
-    rows = lines(result.stdout.strip())
+    rows = lines(result.stdout.strip("\n"))
     assert [row["result"] for row in rows] == ["done", "done", "failed"]
     assert max(made(tmp_path / "o").values()) == 1
     for mine, theirs in zip(runs(tmp_path / "o"), runs(swept[0])[::2], strict=True):
@@ -188,7 +188,7 @@ def test_optuna_searches_for_the_objective(tmp_path: Path) -> None:
     found = (tmp_path / "sweep/optimization_results.yaml").read_text()
     best = float(re.findall(r"best_value: (\S+)", found)[0])
     assert best == min(metric(root, 2, "heldout_nll") for root in runs(tmp_path / "o"))
-    assert len(lines(result.stdout.strip())) == 3
+    assert len(lines(result.stdout.strip("\n"))) == 3
 
 
 @pytest.mark.parametrize(("signalled", "requeued"), [("USR1", True), ("TERM", False), (None, False)])

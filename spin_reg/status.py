@@ -26,7 +26,8 @@ machine, and after them.
   iterates      made, the base included, of those that the run will have
   stages        made, of those of its plan
   at work       the stage, and how far it is; rate: units a second
-  left          time that the whole run may still take, at the pace so far of each kind of stage
+  left          time that the whole run may still take, at the pace so far of each kind of stage; > where one
+                was not timed yet
   disk          of the folder; "shared" is what other runs hold too (hard links), and is on disk once
   heldout_nll   of the newest iterate that was evaluated
   error         why the last call ended early; all of it stands in run.log
@@ -115,7 +116,7 @@ def cells(run: Seen) -> list[str]:
         f"{run.stages_done}/{_of(run.stages_total)}",
         (run.stage or "") + far,
         f"{run.rate:.3g}/s" if run.rate else "",
-        duration(run.seconds_left) if run.seconds_left else "",
+        ("> " if run.not_timed else "") + duration(run.seconds_left) if run.seconds_left else "",
         human(run.disk) + (f" ({human(run.shared)} shared)" if run.shared else ""),
         f"{run.heldout_nll[newest]:.3f}" if run.heldout_nll and newest is not None else "",
         run.error or "",

@@ -30,7 +30,8 @@ class Seen:
         state: running, finished, stopped (by a signal), failed, interrupted (it ended without a word), or damaged.
         iterates: how many are made, the base included. iterations: how many are to be played.
         stage: the one at work, or begun. done, total, unit: how far it is. rate: units a second.
-        stages_done, stages_total: of the plan. seconds_left: of the whole run, at the pace so far.
+        stages_done, stages_total: of the plan. seconds_left: of the whole run, at the pace so far, without the kinds of
+            stages `not_timed` yet.
         disk: bytes; shared: of those, in files that other runs hold too. owner: who is at work.
         heldout_nll: of every iterate that was evaluated, by its number.
     """
@@ -49,6 +50,7 @@ class Seen:
     stages_done: int = 0
     stages_total: int | None = None
     seconds_left: float | None = None
+    not_timed: tuple[str, ...] = ()
     error: str | None = None
     disk: int = 0
     shared: int = 0
@@ -120,6 +122,7 @@ def look(root: Path) -> Seen:
         stages_done=len(pieces) - len(todo) if pieces else len(files.made),
         stages_total=len(pieces) if pieces else None,
         seconds_left=left.seconds if left and left.timed else 0.0 if state == "finished" else None,
+        not_timed=left.unknown if left else (),
         error=ended,
         disk=files.disk,
         shared=files.shared,

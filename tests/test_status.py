@@ -112,6 +112,10 @@ def test_a_run_at_work(copied: Path, command: Command) -> None:
     row = lines(command("status", str(copied)).out)[0]
     assert row["state"].startswith("running") and str(os.getpid()) in row["state"]
     assert (row["stages"], row["at work"], row["left"], row["iterates"]) == ("1/3", "iteration-01/train", "60 s", "2/3")
+    generate = Piece("iterate-02/answers/heldout", "generate", "iterate-02/answers/heldout", 5)
+    survey.record(root, [*(Piece(**piece) for piece in json.loads((root / ".plan.json").read_text())), generate])
+    assert lines(command("status", str(copied)).out)[0]["left"] == "> 60 s"  # no answers were timed yet
+    survey.record(root, [Piece(**piece) for piece in json.loads((root / ".plan.json").read_text())][:-1])
     (root / "run.log").write_text(LOG + AT)
     row = lines(command("status", str(copied)).out)[0]
     assert (row["at work"], row["rate"], row["left"]) == ("iteration-01/train 5/12 step", "0.5/s", "14 s")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from spin_reg import durable
-from spin_reg.rundir import STAGES
+from spin_reg import durable, rundir
 from spin_reg.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -19,13 +18,13 @@ EVERY = 0.5  # seconds between two tries
 def claimed(outputs: Path, stage: Stage, *, poll: Callable[[], None]) -> Iterator[None]:
     """Hold the stage against the other runs in `outputs`. The system frees it when its owner ends, however it ends.
 
-    Where the block ends well the stage is made and known, so the lock's file goes: who was waiting for it finds the
-    stage, and so does who comes later. Hence look again for the stage inside the block.
+    The lock's file goes when the stage is made and known (`rundir.remember`): who was waiting for it finds the stage, and
+    so does who comes later. Hence look again for the stage inside the block.
 
     Args:
         poll: called while it waits; may raise.
     """
-    path = outputs / STAGES / f".{stage.fingerprint}.lock"
+    path = rundir.lock(outputs, stage)
     durable.make_folder(path.parent)
     lock, told = FileLock(path), False
     while not lock.is_locked:
@@ -39,7 +38,6 @@ def claimed(outputs: Path, stage: Stage, *, poll: Callable[[], None]) -> Iterato
             poll()
     try:
         yield
-        path.unlink(missing_ok=True)
     finally:
         lock.release()
 

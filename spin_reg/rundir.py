@@ -215,12 +215,18 @@ def publish(root: Path, stage: Stage, work: Path) -> None:
 
 
 def remember(outputs: Path, root: Path, stage: Stage) -> None:
-    """Note in `outputs/.stages` where this finished stage lies."""
+    """Note in `outputs/.stages` where this finished stage lies; the lock of who was to make it is then without use."""
     line = str((root / stage.folder).relative_to(outputs))
     path = outputs / STAGES / f"{stage.fingerprint}-{digest(line)[:16]}"  # one run's own: runs at work share the folder
     if not path.is_file() or path.read_bytes() != line.encode():
         durable.make_folder(path.parent)
         durable.write_bytes(path, line.encode())
+    lock(outputs, stage).unlink(missing_ok=True)
+
+
+def lock(outputs: Path, stage: Stage) -> Path:
+    """The file that is locked by who makes this stage."""
+    return outputs / STAGES / f".{stage.fingerprint}.lock"
 
 
 def elsewhere(outputs: Path, stage: Stage, inputs: Mapping[str, str | None]) -> list[Path]:

@@ -76,7 +76,7 @@ def test_who_waits_makes_the_stage_where_the_other_one_failed(tmp_path: Path) ->
 
 def test_the_system_frees_what_a_killed_process_held_and_a_signal_ends_the_wait(tmp_path: Path) -> None:
     (stage,) = stages("regularizer=none", "evaluation=none")[:1]
-    path = tmp_path / rundir.STAGES / f".{stage.fingerprint}.lock"
+    path = rundir.lock(tmp_path, stage)
     path.parent.mkdir()
     holder = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
     holder += "print('held', flush=True); time.sleep(60)"
@@ -92,4 +92,3 @@ def test_the_system_frees_what_a_killed_process_held_and_a_signal_ends_the_wait(
     process.wait()
     with claims.claimed(tmp_path, stage, poll=no_wait):
         assert path.exists()
-    assert not path.exists()

@@ -18,8 +18,8 @@ EVERY = 0.5  # seconds between two tries
 def claimed(outputs: Path, stage: Stage, *, poll: Callable[[], None]) -> Iterator[None]:
     """Hold the stage against the other runs in `outputs`. The system frees it when its owner ends, however it ends.
 
-    The lock's file goes when the stage is made and known (`rundir.remember`): who was waiting for it finds the stage, and
-    so does who comes later. Hence look again for the stage inside the block.
+    The lock's file goes when the stage is made and known (`rundir.remember`): who was waiting for it finds the stage,
+    and so does who comes later. Hence look again for the stage inside the block.
 
     Args:
         poll: called while it waits; may raise.

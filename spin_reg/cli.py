@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_reg import __version__, stopping
-from spin_reg.errors import ConfigError, SpinRegError, Stopped
+from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 
 USAGE = """\
@@ -23,13 +23,15 @@ spin-reg: regularized self-play fine-tuning of language models, the whole loop i
   spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
   spin-reg export RUN --to FOLDER   an iterate as a Hugging Face folder, an adapter merged [--iterate K]
   spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
-  spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
+  spin-reg status [DIR]             how far runs are; of one, the family tree of its iterates [--watch] [--json]
   spin-reg report DIR... [--to F]   one HTML page and its figures about a run or a sweep [--metric NAME] [--png]
+  spin-reg ls [DIR] [key=value]     the runs in a folder (default: outputs), by what sets them apart
+  spin-reg compare A B              two runs, or two sets of seeds: settings, metrics, answers
   spin-reg gc [DIR] [--yes]         what nothing needs any more, by name and size; --yes removes it
 
   spin-reg train --help             every group and every setting
   spin-reg train --cfg job          the composed configuration
-  spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value
+  spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value; hydra/launcher=joblib: several at a time
   eval "$(spin-reg -sc install=bash)"    shell completion (also zsh, fish)
 
 Try it:  spin-reg train regularizer=kl alpha=0.5     (two minutes on a laptop, no network)
@@ -48,20 +50,21 @@ def main() -> None:
     try:
         code = _dispatch(program, words)
     except SpinRegError as error:
-        code = _report(error)
+        code = report(error)
     except KeyboardInterrupt:  # before a run listens for signals there is nothing to save
-        code = _report(stopping.stopped())
+        code = report(stopping.stopped())
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
     except Exception as error:
-        code = _report(_ours(error, traceback_wanted="HYDRA_FULL_ERROR" in os.environ))
+        code = report(ours(error, full="HYDRA_FULL_ERROR" in os.environ))
     from spin_reg import tracking
 
     tracking.leave(code)
 
 
-def _report(error: SpinRegError) -> int:
+def report(error: SpinRegError) -> int:
+    """Print an error; returns its exit code."""
     print(redacted(f"spin-reg: {error}"), file=sys.stderr)
     return error.exit_code
 
@@ -71,7 +74,7 @@ def _dispatch(program: str, words: list[str]) -> int:
         print(USAGE, end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "export", "sync", "report", "status", "gc") and {"-h", "--help"} & set(rest):
+    if verb in ("resume", "export", "sync", "report", "gc") and {"-h", "--help"} & set(rest):
         print(USAGE, end="")
         return 0
     if verb == "--version":
@@ -103,11 +106,9 @@ def _complete(program: str, words: list[str]) -> int:
 
 
 def _train(program: str, words: list[str]) -> int:
-    made: list[Path] = []
-    code = _compose(program, words, partial(_run, made=made))
-    if len(set(made)) > 1:
-        _page_after(list(dict.fromkeys(made)))
-    return code
+    from spin_reg.sweeps import group
+
+    return _compose(program, words, partial(_run, group=group(words)))
 
 
 def _plan(program: str, words: list[str]) -> int:
@@ -161,6 +162,18 @@ def _export(program: str, words: list[str]) -> int:
     return _compose(program, words_of("export", [given.run]), partial(export.task, k=given.iterate, to=given.to))
 
 
+def _ls(program: str, words: list[str]) -> int:
+    from spin_reg import listing
+
+    return listing.main(words)
+
+
+def _compare(program: str, words: list[str]) -> int:
+    from spin_reg import compare
+
+    return compare.main(words)
+
+
 def _gc(program: str, words: list[str]) -> int:
     from spin_reg import runs
 
@@ -170,22 +183,21 @@ def _gc(program: str, words: list[str]) -> int:
 def _page(program: str, words: list[str]) -> int:
     from spin_reg.report import verb
 
-    return next(iter([_report(error) for error in verb.main(words)]), 0)
+    return next(iter([report(error) for error in verb.main(words)]), 0)
 
 
-def _page_after(roots: list[Path]) -> None:
+def page_after(roots: list[Path]) -> None:
     """The page about what is finished; why there is none is told, and is no failure of the run."""
     from spin_reg.report import verb
 
     for error in verb.after(roots):
-        _report(error)
+        report(error)
 
 
 def _status(program: str, words: list[str]) -> int:
     from spin_reg import status
 
-    status.show(Path(words[0] if words else "outputs"))
-    return 0
+    return status.main(words)
 
 
 VERBS: dict[str, Callable[[str, list[str]], int]] = {
@@ -197,6 +209,8 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "sync": _sync,
     "report": _page,
     "status": _status,
+    "ls": _ls,
+    "compare": _compare,
     "gc": _gc,
 }
 
@@ -205,92 +219,85 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
     """Hand the words to Hydra; its errors come back as ours."""
     import hydra
 
-    from spin_reg import config, overrides
-    from spin_reg.runs import quoted
+    from spin_reg import config, overrides, sweeps
 
     config.register()
     overrides.register_help(conf_dir())
     overrides.check(words)
     sys.argv = [program, *words]
-    shown = os.environ.get("HYDRA_FULL_ERROR")
+    full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting
-    failures: list[SpinRegError] = []
-    unread: list[BrokenPipeError] = []
+    compose = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")
+    failures: list[Exception] = []
 
-    def guarded(cfg: Any) -> None:
-        """One run; its failure is told at once, and in a sweep the other points still run, unless a signal came."""
-        if any(isinstance(failure, Stopped) for failure in failures):
-            return
+    def alone(cfg: Any) -> None:
         try:
             task(cfg)
-        except BrokenPipeError as error:  # Hydra would print what it catches
-            unread.append(error)
-        except Exception as error:
-            failures.append(_ours(error, traceback_wanted=bool(shown)))
-            _report(failures[-1])
+        except Exception as error:  # Hydra would print what it catches
+            failures.append(error)
 
     try:
-        with stopping.temporary_folder() as scratch:  # Hydra leaves a multirun.yaml; run.json already says all of it
-            if {"-m", "--multirun"} & set(words) and not any(w.startswith("hydra.sweep.dir=") for w in words):
-                sys.argv.append(f"hydra.sweep.dir={quoted(scratch)}")
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(guarded)()
+        if sweeps.MULTIRUN & set(words):
+            return sweeps.run(compose, words, task, full=bool(full))
+        compose(alone)()
     except BrokenPipeError:
         raise
     except Exception as error:
-        raise _ours(error, traceback_wanted=bool(shown)) from error
+        failures.append(error)
     finally:
-        if shown is None:
+        if full is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    if unread:
-        raise unread[0]
-    codes = [failure.exit_code for failure in failures]
-    return Stopped.exit_code if Stopped.exit_code in codes else next(iter(codes), 0)
+    if failures and isinstance(failures[0], BrokenPipeError):
+        raise failures[0]
+    return report(ours(failures[0], full=bool(full))) if failures else 0
 
 
-def _ours(error: Exception, *, traceback_wanted: bool) -> SpinRegError:
+def ours(error: Exception, *, full: bool) -> SpinRegError:
+    """An error as one of ours; `full`: its traceback is printed."""
     from spin_reg import overrides
 
-    if traceback_wanted:
+    if full:
         print(redacted("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return error if isinstance(error, SpinRegError) else overrides.explain(error)
 
 
-def _planned(cfg: Any, *, only_evaluate: bool = False, again: bool = False) -> Any:
+def _planned(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: str | None = None) -> Any:
     """The plan of a run; `again`: of one that is there, so as lenient as any command that made it."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from spin_reg import config, launch
+    from spin_reg import config, launch, sweeps
 
     hydra = HydraConfig.get()
     lenient = again or hydra.mode == RunMode.MULTIRUN
-    settings = config.load(cfg, sweep=lenient, given=hydra.overrides.task)
+    settings = sweeps.grouped(config.load(cfg, sweep=lenient, given=hydra.overrides.task), group)
     return launch.prepare(settings, only_evaluate=only_evaluate)
 
 
-def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, made: list[Path] | None = None) -> None:
+def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: str | None = None) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from spin_reg import launch
+    from spin_reg import launch, points, results
     from spin_reg.console import Screen, closing_words, short
 
-    screen = Screen()
+    hydra = HydraConfig.get()
+    screen = Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
     with stopping.listening(), screen.warnings():
-        planned = _planned(cfg, only_evaluate=only_evaluate, again=again)
+        planned = _planned(cfg, only_evaluate=only_evaluate, again=again, group=group)
         stopping.goes_on_by(f"spin-reg resume {shlex.quote(short(planned.root))}", once=planned.root / "run.json")
         if planned.stages and not planned.finished:
             try:
-                planned = launch.execute(planned, listener=screen, overrides=list(HydraConfig.get().overrides.task))
+                planned = launch.execute(planned, listener=screen, overrides=list(hydra.overrides.task))
             finally:
                 screen.close()
+        value = results.objective(planned.root, planned.config.objective)
         closing_words(planned, screen, everything=only_evaluate)
         if planned.made:
-            _page_after([planned.root])
-        if made is not None:
-            made.append(planned.root)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            page_after([planned.root])
+        if hydra.mode == RunMode.MULTIRUN:
             stopping.poll()  # a signal that came when this point was all but done is meant for the others
+    return points.Made(planned.root, planned.made, value)
 
 
 def _show_plan(cfg: Any) -> None:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spin_reg import benchmarks, corpora, redact, settings
 from spin_reg.complaints import bad_value, config_error, holds_a_secret, unknown_key
 from spin_reg.fingerprint import digest, identity, plain
-from spin_reg.metrics import EXACT_MATCH, KNOWN_LANGUAGE
+from spin_reg.metrics import EXACT_MATCH, HEALTHY, KNOWN_LANGUAGE, Healthy
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
 from spin_reg.schedules import per_iteration
@@ -49,6 +49,7 @@ class Config:
     hardware: settings.Hardware = field(default_factory=settings.Hardware)
     alpha: Any = None
     seed: int = 0
+    objective: str | None = settings.runtime(None)
     keep_iterates: settings.KeepIterates = settings.runtime(settings.KeepIterates.all)
     run_name: str | None = None
     outputs: str = "outputs"
@@ -163,15 +164,25 @@ def _check_keep(config: Config) -> None:
 
 
 def _check_stop(config: Config) -> None:
-    """A rule must be able to see what it asks for."""
-    rule = config.schedule.stop_when
-    if rule is None:
-        return
-    named = f"schedule.stop_when.metric={rule.metric}"
-    settings.check(config.evaluation.enabled, f"{named}: nothing is evaluated; set schedule.stop_when=null")
-    asked = config.evaluation.exact_match.regex is not None or rule.metric not in EXACT_MATCH
+    """A rule, and an objective, must be able to see what they ask for, and know which side of it is better."""
+    rule, name = config.schedule.stop_when, config.objective
+    if rule is not None:
+        _check_seen(config, "schedule.stop_when", f"schedule.stop_when.metric={rule.metric}", rule.metric)
+    if name is not None and name.count("/") == 2:
+        task = name.split("/")[1]
+        asked = [benchmark.task for benchmark in config.evaluation.benchmarks]
+        settings.check(task in asked, f"objective={name}: evaluation.benchmarks does not ask for the task {task}")
+    elif name is not None:
+        known = [key for key, side in HEALTHY.items() if side is not Healthy.half]
+        settings.check(name in known, f"objective={name}: give one of {', '.join(known)}, or eval/TASK/METRIC")
+        _check_seen(config, "objective", f"objective={name}", name)
+
+
+def _check_seen(config: Config, key: str, named: str, metric: str) -> None:
+    settings.check(config.evaluation.enabled, f"{named}: nothing is evaluated; set {key}=null")
+    asked = config.evaluation.exact_match.regex is not None or metric not in EXACT_MATCH
     settings.check(asked, f"{named}: nothing is matched; set evaluation=exact_match")
-    known = isinstance(config.dataset, corpora.Toy) or rule.metric not in KNOWN_LANGUAGE
+    known = isinstance(config.dataset, corpora.Toy) or metric not in KNOWN_LANGUAGE
     settings.check(known, f"{named}: it is known of dataset=toy alone; give eval/heldout_nll")
 
 

@@ -42,9 +42,10 @@ class _Console(Console):
 class Screen:
     """Listens to the runner; one line a stage, with a live bar where there is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         terminal = sys.stderr.isatty()
         self.console = _Console(file=sys.stderr, highlight=False, width=None if terminal else PIPED_WIDTH)
+        self.console.quiet = quiet  # workers of a sweep would speak all at once; their logs have it
         self._bar: Progress | None = None
         self._titles: dict[str, str] = {}  # a stage may begin inside another, to make what that one needs again
         self._title, self._began, self._said, self._heard = "", 0.0, 0.0, 0.0

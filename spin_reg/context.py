@@ -4,10 +4,17 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 EVERY = 10.0  # seconds between the log's lines on how far a stage is
 log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where metrics rows are mirrored to; a row's index is its line in the run's metrics.jsonl."""
+
+    def log(self, index: int, row: dict[str, Any]) -> None:
+        """One metrics row."""
 
 
 def _quiet_progress(done: int, total: int, unit: str) -> None:
@@ -56,5 +63,5 @@ class Logged:
         since, began = self.first
         if now - self.said >= EVERY and done > since:
             self.said = now
-            at = {"done": done, "total": total, "since": since, "seconds": round(now - began, 2)}
+            at = {"done": done, "total": total, "since": since, "seconds": round(now - began, 2), "unit": unit}
             log.info("%s: at %s", self.name, json.dumps(at))

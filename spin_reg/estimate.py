@@ -6,11 +6,21 @@ from dataclasses import dataclass
 
 from spin_reg import sizes
 from spin_reg.corpora import Dataset
+from spin_reg.pace import Piece
 from spin_reg.plan import Stage
 from spin_reg.roles import answers_role
 from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize
 from spin_reg.space import BYTES, SLOTS, human
-from spin_reg.specs import DivergenceSpec, GenerateSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec
+from spin_reg.specs import (
+    BenchmarkSpec,
+    DivergenceSpec,
+    GenerateSpec,
+    PrepareSpec,
+    ScoreSpec,
+    SftSpec,
+    Split,
+    TrainSpec,
+)
 
 Heavy = GenerateSpec | ScoreSpec | DivergenceSpec | SftSpec | TrainSpec
 QUANTIZED = {Quantize.none: None, Quantize.nf4: 0.55, Quantize.int8: 1.05}  # bytes a weight, with their scales
@@ -67,6 +77,19 @@ def count(number: float) -> str:
 def room() -> int:
     """Bytes of memory that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def pieces(stages: Sequence[Stage], rows: Mapping[Split, int]) -> list[Piece]:
+    """The stages of a plan with their tokens; how many a benchmark reads is not known here."""
+    return [
+        Piece(
+            stage.name,
+            stage.kind,
+            stage.folder,
+            None if isinstance(stage.spec, BenchmarkSpec) else work([stage], rows).tokens,
+        )
+        for stage in stages
+    ]
 
 
 def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:

@@ -30,12 +30,13 @@ from spin_reg import (
     sizes,
     space,
     stopping,
+    survey,
     tracking,
     versions,
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
-from spin_reg.errors import ConfigError, DamagedError, RunBusy
+from spin_reg.errors import ConfigError, DamagedError, RunBusy, SpinRegError
 from spin_reg.fingerprint import file_sha256, plain
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.redact import redacted
@@ -170,7 +171,11 @@ def time_left(planned: Planned) -> pace.Left:
     """Seconds that the stages still to be made may take, at the pace that the run's log tells of."""
     path = planned.root / "run.log"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return pace.left(planned.stages, _todo(planned), _counts(planned), text)
+    return pace.left(_pieces(planned), {stage.name for stage in _todo(planned)}, text)
+
+
+def _pieces(planned: Planned) -> list[pace.Piece]:
+    return estimate.pieces(planned.stages, _counts(planned))
 
 
 def _todo(planned: Planned) -> list[Stage]:
@@ -200,6 +205,8 @@ def _run(planned: Planned, listener: Listener) -> Planned:
         goes = partial(space.unneeded, planned.stages, keep=keep, future=planned.future)
         enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
         results.record(root, planned.stop)
+        if planned.whole:
+            survey.record(root, _pieces(planned))
         try:
             with tracking.mirror(root, settings.tracker, identity) as mirror:
                 runner.run_all(
@@ -212,14 +219,20 @@ def _run(planned: Planned, listener: Listener) -> Planned:
                     unneeded=goes if planned.whole and keep is not KeepIterates.all else None,
                     enough=enough if planned.whole else None,
                 )
-        except BaseException:
-            log.exception("the run ended early")
+        except BaseException as error:
+            log.exception("the run ended early: %s: %s", type(error).__name__, _one_line(error))
             raise
         stop = enough(planned.stages)
         results.record(root, stop)
         if stop is not None:
             log.info("stopped %s", stop.words())
     return replace(planned, made=True, stop=stop)
+
+
+def _one_line(error: BaseException) -> str:
+    """What happened, as `status` shows it."""
+    text = f"{error.what} {error.where}: {error.why}" if isinstance(error, SpinRegError) else str(error)
+    return " ".join(text.split())
 
 
 def _check_data(planned: Planned, listener: Listener) -> dict[Split, int] | None:

@@ -162,6 +162,24 @@ def describe(node: Reference) -> str:
     return "(" + sign.join(f"{w:.3g}*{describe(part)}" for w, part in node.parts) + ")"
 
 
+def formula(node: Reference) -> str:
+    """log r as one would write it, the newest iterate first, for instance `0.5 log pi_1 + 0.5 log pi_0`."""
+    if isinstance(node, Generator):
+        return "log pi_k, k the one that answered"
+    if isinstance(node, Geometric):
+        return " + ".join(f"{w:.3g} {formula(part)}" for w, part in reversed(node.parts))
+    return f"log {_density(node)}" if isinstance(node, Iterate) else f"log({_density(node)})"
+
+
+def _density(node: Reference) -> str:
+    """r, where its logarithm is no sum."""
+    if isinstance(node, Iterate):
+        return f"pi_{node.k}"
+    if isinstance(node, Arithmetic):
+        return " + ".join(f"{w:.3g} {_density(part)}" for w, part in reversed(node.parts))
+    return f"exp({formula(node)})"
+
+
 @dataclass(frozen=True)
 class Opponent:
     """What one iteration plays against.

@@ -16,6 +16,13 @@ from spin_reg.redact import redacted
 TOP = ("model", "dataset", "regularizer", "schedule", "loss", "generation", "evaluation", "tracker", "hardware")
 GROUPS = (*TOP, "experiment")
 SHELL = {"-sc", "--shell-completion"}
+EXTRAS = {  # Hydra's plugins, by the option that chooses them
+    ("hydra/launcher", "joblib"): "joblib",
+    ("hydra/launcher", "submitit_local"): "submitit",
+    ("hydra/launcher", "submitit_slurm"): "submitit",
+    ("hydra/launcher", "ray"): "ray",
+    ("hydra/sweeper", "optuna"): "optuna",
+}
 VALUED = {  # Hydra's flags that a value follows
     *("--cfg", "-c", "--package", "-p", "--config-name", "-cn"),
     *("--config-path", "-cp", "--config-dir", "-cd", "--info", "-i"),
@@ -27,8 +34,15 @@ spin-reg train [key=value ...]    play the game: generate, score, train, evaluat
 
 Examples
   spin-reg train regularizer=kl alpha=0.5
-  spin-reg train -m regularizer=kl alpha=0,0.25,0.5,1
+  spin-reg train -m regularizer=kl alpha=0,0.25,0.5,1 'seed=range(3)'
+  spin-reg train -m alpha=0,0.5 hydra/launcher=joblib hydra.launcher.n_jobs=2 hardware.threads=1
+  spin-reg train -m hydra/sweeper=optuna objective=eval/heldout_nll 'alpha=interval(0,1)'
   spin-reg train model=pretrained model.name_or_path=FOLDER dataset=jsonl dataset.path=FILE
+
+Sweeps (-m)
+  key=a,b   key=range(3)   key=interval(0,1) with Optuna. Every point has its own folder; what is the same is made once;
+  finished points are skipped, a failed one does not stop the others, and a table ends it. hydra/launcher=joblib,
+  submitit_local, submitit_slurm or ray (extras) runs points in parallel; spin-reg status --watch looks on.
 
 Groups (choose with group=option)
 {groups}
@@ -116,6 +130,10 @@ def option_names(group: str) -> list[str]:
 
 def _no_option(group: str, name: str) -> ConfigError:
     options = option_names(group)
+    if (group, name) in EXTRAS:
+        extra = EXTRAS[group, name]
+        why, todo = f"it is in an extra that is not here: {extra}", f"pip install spin-reg[{extra}]"
+        return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why=why, todo=todo)
     near = get_close_matches(name, options, n=1, cutoff=0.4)
     todo = (f"did you mean {group}={near[0]}? " if near else "") + f"{group} takes: {', '.join(options)}"
     return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)

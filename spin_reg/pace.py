@@ -2,12 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-
-from spin_reg import estimate
-from spin_reg.plan import Stage
-from spin_reg.specs import BenchmarkSpec, Split
 
 LINE = re.compile(r": (\S+): (took|at|todo) (.+)$", flags=re.M)
 
@@ -41,6 +37,20 @@ def timed(text: str) -> dict[str, Timed]:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A stage of a plan as far as its time goes.
+
+    Attributes:
+        folder: relative to the run's. tokens: at most; 0 where tables alone are read, None where nobody counts them.
+    """
+
+    name: str
+    kind: str
+    folder: str
+    tokens: int | None
+
+
+@dataclass(frozen=True)
 class Left:
     """Seconds that stages of the kinds that were timed may still take, and the kinds that were not."""
 
@@ -55,34 +65,33 @@ class Left:
         return text + (f"; {', '.join(self.unknown)} not timed yet, and not counted" if self.unknown else "")
 
 
-def left(stages: Sequence[Stage], todo: Sequence[Stage], rows: Mapping[Split, int], text: str) -> Left:
-    """What the stages `todo` may still take.
+def left(pieces: Sequence[Piece], todo: Container[str], text: str) -> Left:
+    """What the stages whose names are in `todo` may still take; `text`: the run's log.
 
-    A stage takes seconds in proportion to its tokens (`estimate.work`), as the timed ones of its kind did; the one that
-    is being made as its own first steps did.
+    A stage takes seconds in proportion to its tokens, as the timed ones of its kind did; the one that is being made as
+    its own first steps did.
     """
     known = timed(text)
-    tokens = {stage.name: estimate.work([stage], rows).tokens for stage in stages}
     paces: dict[str, list[float]] = {}
-    for stage in stages:
-        if stage.name in known and tokens[stage.name]:
-            paces.setdefault(stage.kind, [0.0, 0.0])
-            paces[stage.kind][0] += known[stage.name].seconds
-            paces[stage.kind][1] += tokens[stage.name]
+    for piece in pieces:
+        if piece.name in known and piece.tokens:
+            paces.setdefault(piece.kind, [0.0, 0.0])
+            paces[piece.kind][0] += known[piece.name].seconds
+            paces[piece.kind][1] += piece.tokens
     seconds, missing, counted = 0.0, set(), set()
-    for stage in todo:
-        own = known.get(stage.name)
-        if not tokens[stage.name] and not isinstance(stage.spec, BenchmarkSpec):
+    for piece in pieces:
+        own = known.get(piece.name)
+        if piece.name not in todo or piece.tokens == 0:
             continue  # joins and evaluations are tables alone
         if own is not None and own.left:
             seconds += own.seconds * own.left
-            counted.add(stage.kind)
-        elif stage.kind in paces:
-            took, read = paces[stage.kind]
-            seconds += took / read * tokens[stage.name]
-            counted.add(stage.kind)
+            counted.add(piece.kind)
+        elif piece.tokens and piece.kind in paces:
+            took, read = paces[piece.kind]
+            seconds += took / read * piece.tokens
+            counted.add(piece.kind)
         else:
-            missing.add(stage.kind)
+            missing.add(piece.kind)
     return Left(seconds, tuple(sorted(counted)), tuple(sorted(missing)))
 
 
@@ -92,3 +101,12 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.0f} s"
+
+
+def human(size: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

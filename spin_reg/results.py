@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from spin_reg import durable, metrics, rundir
-from spin_reg.errors import DamagedError
+from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
-from spin_reg.plan import Stage
 from spin_reg.settings import Schedule
 from spin_reg.specs import BenchmarkSpec, EvaluateSpec, TrainSpec
+from spin_reg.stage import Stage
 
 Values = dict[str, float]
 STOPPED = "stopped.json"
@@ -63,6 +63,25 @@ def preferences(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
     """How often iterate k gives real answers the higher log-prob than iterate j, by (k, j): see `stages.evaluate`."""
     entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "preferences.json") or []]
     return {(entry["iterate"], entry["over"]): entry for entry in entries}
+
+
+def objective(root: Path, name: str | None) -> float | None:
+    """A metric of the newest iterate that has it; None where no name is given.
+
+    Raises:
+        ConfigError: no iterate has it.
+    """
+    if name is None:
+        return None
+    path = root / "metrics.jsonl"
+    rows = [row for row in (durable.read_jsonl(path) if path.exists() else []) if "iterate" in row]
+    found = {row["iterate"]: float(row[name]) for row in rows if name in row}
+    if not found:
+        measured = ", ".join(sorted({key for row in rows for key in row if key.startswith("eval/")})) or "nothing"
+        raise ConfigError(
+            "The objective was not measured.", where=f"objective={name}", why=str(root), todo=f"there is {measured}"
+        )
+    return found[max(found)]
 
 
 @dataclass(frozen=True)

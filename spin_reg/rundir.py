@@ -16,9 +16,9 @@ from filelock import FileLock, Timeout
 from spin_reg import durable
 from spin_reg.errors import DamagedError, RunBusy, SpinRegError
 from spin_reg.fingerprint import digest, file_sha256, plain
-from spin_reg.plan import Stage
+from spin_reg.stage import Stage
 
-MANIFEST, RUN, STAGES = "stage.json", "run.json", ".stages"
+MANIFEST, RUN, STAGES, OWNER = "stage.json", "run.json", ".stages", ".owner.json"
 MARKER = f"{durable.SCRATCH}/fingerprint"
 WEIGHTS = "*.safetensors"
 SMALL = 1 << 16  # bytes; files up to this size are hashed whenever a stage is looked at, larger ones when used
@@ -215,12 +215,18 @@ def publish(root: Path, stage: Stage, work: Path) -> None:
 
 
 def remember(outputs: Path, root: Path, stage: Stage) -> None:
-    """Note in `outputs/.stages` where this finished stage lies."""
+    """Note in `outputs/.stages` where this finished stage lies; the lock of who was to make it is then without use."""
     line = str((root / stage.folder).relative_to(outputs))
     path = outputs / STAGES / f"{stage.fingerprint}-{digest(line)[:16]}"  # one run's own: runs at work share the folder
     if not path.is_file() or path.read_bytes() != line.encode():
         durable.make_folder(path.parent)
         durable.write_bytes(path, line.encode())
+    lock(outputs, stage).unlink(missing_ok=True)
+
+
+def lock(outputs: Path, stage: Stage) -> Path:
+    """The file that is locked by who makes this stage."""
+    return outputs / STAGES / f".{stage.fingerprint}.lock"
 
 
 def elsewhere(outputs: Path, stage: Stage, inputs: Mapping[str, str | None]) -> list[Path]:
@@ -282,7 +288,7 @@ def owned(root: Path) -> Iterator[None]:
     Raises:
         RunBusy: another process holds it; host, process id and age are named.
     """
-    lock, owner = FileLock(root / ".lock"), root / ".owner.json"
+    lock, owner = FileLock(root / ".lock"), root / OWNER
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

@@ -10,8 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_reg import durable, rundir, stopping, usage
-from spin_reg.context import Context, Logged
+from spin_reg import claims, durable, rundir, stopping, usage
+from spin_reg.context import Context, Logged, Sink
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
@@ -50,13 +50,6 @@ class Listener(Protocol):
 
     def finished(self, stage: Stage, seconds: float) -> None:
         """The running stage is done."""
-
-
-class Sink(Protocol):
-    """Where metrics rows are mirrored to; a row's index is its line in the run's metrics.jsonl."""
-
-    def log(self, index: int, row: dict[str, Any]) -> None:
-        """One metrics row."""
 
 
 def state_of(root: Path, outputs: Path, stage: Stage) -> State:
@@ -157,9 +150,8 @@ def run_all(
         listener.stage(index, len(stages), stage, state)
         level = logging.WARNING if state.damaged else logging.INFO
         log.log(level, "%s: %s (%s)", stage.name, state.status, state.reason)
-        adopted = state.status is Status.reuse and _adopted(root, outputs, stage)
-        if state.status is not Status.done and not adopted:
-            maker.make(stage, Context(listener.progress, _live(sink, sent), stopping.poll))
+        if state.status is not Status.done:
+            _bring(stage, state, outputs, maker, Context(listener.progress, _live(sink, sent), stopping.poll))
         rundir.remember(outputs, root, stage)
         if state.status is not Status.done:
             kept[stage.name] = stage_rows(root, stage)
@@ -176,11 +168,23 @@ def run_all(
             break
 
 
+def _bring(stage: Stage, state: State, outputs: Path, maker: "_Maker", context: Context) -> None:
+    """Take a stage over from another run, or make it; where another process is just making it, after that."""
+    if state.status is Status.reuse and _adopted(maker.root, outputs, stage):
+        return
+    with claims.claimed(outputs, stage, poll=stopping.poll):
+        now = state_of(maker.root, outputs, stage)
+        if now.status is not Status.reuse or not _adopted(maker.root, outputs, stage):
+            maker.make(stage, context)
+        rundir.remember(outputs, maker.root, stage)
+
+
 def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:
     """Take the stage over from another run; False where every copy turns out to be damaged."""
     for lies in rundir.elsewhere(outputs, stage, contents(root, stage)):
         try:
             rundir.adopt(root, stage, lies)
+            log.info("%s: taken from %s", stage.name, lies.relative_to(outputs))
             return True
         except DamagedError as damage:
             log.warning("%s is not taken over: %s (%s)", lies, damage.where, damage.why)

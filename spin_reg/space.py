@@ -10,6 +10,7 @@ from spin_reg import durable, rundir, sizes
 from spin_reg.config import Config
 from spin_reg.corpora import published
 from spin_reg.errors import DamagedError, NoSpace
+from spin_reg.pace import human as human
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.runner import contents
 from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer, Pretrained
@@ -76,15 +77,6 @@ def future(config: Config, sources: Sources) -> frozenset[str]:
     now = {stage.name for stage in plan(config, sources)}
     new = [stage for stage in plan(longer, sources) if stage.name not in now]
     return frozenset(need.name for stage in new for need in stage.needs.values() if need.name in now)
-
-
-def human(size: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def need(

@@ -1,39 +1,159 @@
-"""`spin-reg status`: the runs of a folder and how far each is; reads files alone."""
+"""`spin-reg status`: how far runs are, and the family tree of one; reads files alone, whoever writes them."""
 
-import json
-import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
+from spin_reg import sheet, survey
+from spin_reg.errors import ConfigError
+from spin_reg.pace import duration, human
+from spin_reg.survey import Member, Seen
 
-from spin_reg import rundir
-from spin_reg.console import PIPED_WIDTH
-from spin_reg.errors import ConfigError, DamagedError
+EVERY = 2.0  # seconds between two looks with --watch
+MANUAL = """\
+spin-reg status [DIR] [--watch] [--json]    how far runs are
+
+DIR is a folder of runs (default: outputs), which gives one line a run, or a run's own folder, which adds the family
+tree of its iterates: for each who gave the answers that it was trained on, against which reference (the formula of
+log r), and what was taken over from other runs. Only files are read, so it works while runs are made, on whatever
+machine, and after them.
+
+  run           the folder's name
+  state         running; finished; stopped (by a signal) or interrupted (killed): the same command goes on; failed: see
+                error; damaged: run.json cannot be read
+  iterates      made, the base included, of those that the run will have
+  stages        made, of those of its plan
+  at work       the stage, and how far it is; rate: units a second
+  left          time that the whole run may still take, at the pace so far of each kind of stage; > where one
+                was not timed yet
+  disk          of the folder; "shared" is what other runs hold too (hard links), and is on disk once
+  heldout_nll   of the newest iterate that was evaluated
+  error         why the last call ended early; all of it stands in run.log
+
+Options
+  --watch       look again every two seconds, till Ctrl-C
+  --json        all of it for programs: {"folder", "runs": [...]}, every run with the same keys, null where something is
+                not known; "tree" is null where DIR holds several runs; with --watch one object a line
+
+In a terminal it draws a table (NO_COLOR=1: without colours); piped it prints a line a run, cells between tabs.
+
+Examples
+  spin-reg status
+  spin-reg status outputs/RUN --watch
+  spin-reg status --json | jq -r '.runs[] | select(.state == "failed") | .path'
+"""
+COLUMNS = ("run", "state", "iterates", "stages", "at work", "rate", "left", "disk", "heldout_nll", "error")
+NUMBERS = ("iterates", "stages", "rate", "left", "disk", "heldout_nll")
 
 
-def show(folder: Path) -> None:
-    """Print one row a run.
+def main(words: Sequence[str]) -> int:
+    """The verb.
 
     Raises:
-        ConfigError: the folder does not exist.
+        ConfigError: the folder does not exist, or a word that it does not take.
     """
+    parser = sheet.Words("status", MANUAL)
+    parser.add_argument("folder", nargs="?", default="outputs", type=Path)
+    parser.add_argument("--watch", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(list(words))
+    folder = existing(given.folder)
+    try:
+        while True:
+            seen = [survey.look(root) for root in survey.roots(folder)]
+            alone = (folder / "run.json").exists()
+            if given.watch and not given.json:
+                sheet.say("\x1b[H\x1b[2J" + time.strftime("%H:%M:%S") + "  Ctrl-C ends this, not the runs\n")
+            draw(folder, seen, survey.family(folder) if alone else None, json=given.json, line=given.watch)
+            if not given.watch:
+                return 0
+            time.sleep(EVERY)
+    except KeyboardInterrupt:
+        if not given.watch:
+            raise
+        return 0
+
+
+def existing(folder: Path) -> Path:
+    """The folder.
+
+    Raises:
+        ConfigError: it does not exist.
+    """
+    folder = folder.expanduser()
     if not folder.is_dir():
-        raise ConfigError("No such folder.", where=str(folder), why="it does not exist", todo="spin-reg status DIR")
-    roots = [folder] if (folder / "run.json").exists() else sorted(p.parent for p in folder.glob("*/run.json"))
-    table = Table(Column("run", no_wrap=True), "began", "iterates", "stage at work", "heldout_nll by iterate")
-    for root in roots:
-        try:
-            table.add_row(root.name, *_row(root))
-        except (DamagedError, ValueError, KeyError, OSError) as error:
-            table.add_row(root.name, "", "", "", f"damaged: {type(error).__name__}")
-    width = None if sys.stdout.isatty() else PIPED_WIDTH
-    Console(highlight=False, width=width).print(table if roots else f"no runs in {folder}")
+        raise ConfigError("No such folder.", where=str(folder), why="it does not exist", todo="give a folder of runs")
+    return folder
 
 
-def _row(root: Path) -> list[str]:
-    began = (rundir.provenance(root) or {})["created"][:16]
-    iterates = sum(any(p.glob("model/stage.json")) or (p / "base.json").exists() for p in root.glob("iterate-??"))
-    working = [str(p.relative_to(root)).removesuffix(".tmp") for p in root.rglob("*.tmp") if p.is_dir()]
-    metrics = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(root.glob("iterate-*/evaluate/metrics.json"))]
-    return [began, str(iterates), ", ".join(working[:1]), " ".join(f"{m['eval/heldout_nll']:.3f}" for m in metrics)]
+def draw(folder: Path, seen: Sequence[Seen], tree: Sequence[Member] | None, *, json: bool, line: bool) -> None:
+    """Print what was seen."""
+    if json:
+        members = None if tree is None else [asdict(member) for member in tree]
+        runs = [asdict(run) | {"tree": members} for run in seen]
+        sheet.show_json({"folder": str(folder.resolve()), "runs": runs}, line=line)
+        return
+    if not seen:
+        print(f"no runs in {folder}")
+        return
+    rows = [cells(run) for run in seen]
+    sheet.show(str(folder), COLUMNS, rows, right=NUMBERS)
+    if tree:
+        print()
+        draw_tree(tree)
+
+
+def cells(run: Seen) -> list[str]:
+    """One run in the words of `COLUMNS`."""
+    far = f" {run.done}/{run.total} {run.unit or ''}".rstrip() if run.done is not None else ""
+    newest = max(run.heldout_nll, default=None) if run.heldout_nll else None
+    return [
+        run.run,
+        run.state + (f" ({run.owner})" if run.owner else ""),
+        f"{run.iterates}/{_of(run.iterations, 1)}",
+        f"{run.stages_done}/{_of(run.stages_total)}",
+        (run.stage or "") + far,
+        f"{run.rate:.3g}/s" if run.rate else "",
+        ("> " if run.not_timed else "") + duration(run.seconds_left) if run.seconds_left else "",
+        human(run.disk) + (f" ({human(run.shared)} shared)" if run.shared else ""),
+        f"{run.heldout_nll[newest]:.3f}" if run.heldout_nll and newest is not None else "",
+        run.error or "",
+    ]
+
+
+def _of(count: int | None, more: int = 0) -> str:
+    return "?" if count is None else str(count + more)
+
+
+def draw_tree(tree: Sequence[Member]) -> None:
+    """Print the family of iterates."""
+    columns = ("iterate", "from", "answers by", "log of the reference", "heldout_nll", "reused")
+    rows = [
+        [
+            "0 base" if m.iterate == 0 else str(m.iterate),
+            m.made if m.parent is None else str(m.parent) + (" (at work)" if m.made == "at work" else ""),
+            answered(m),
+            m.reference or "",
+            "" if m.heldout_nll is None else f"{m.heldout_nll:.3f}",
+            _reused(m.reused),
+        ]
+        for m in tree
+    ]
+    sheet.show("", columns, rows, right=("heldout_nll",))
+
+
+def answered(member: Member) -> str:
+    """Who answered, with shares: `pi_1 50 %, pi_0 50 %`."""
+    listed = sorted(member.answers.items(), reverse=True)
+    if len(listed) < 2 or all(share == 1 for _, share in listed):
+        each = " (each all)" if len(listed) > 1 else ""
+        return ", ".join(f"pi_{k}" for k, _ in listed) + each
+    text = ", ".join(f"pi_{k} {100 * share:.3g} %" for k, share in listed)
+    return text + (", kept from before" if member.kept else "")
+
+
+def _reused(reused: Mapping[str, Sequence[str]]) -> str:
+    parts: list[Any] = [f"{len(names)} stages of {run}" for run, names in reused.items()]
+    return ", ".join(parts).replace("1 stages", "1 stage") if parts else ""

@@ -5,7 +5,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         return outputs / "run"
 
     return run
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A small sweep over alpha and seed, made once: its outputs, and what the command said. Nobody may change it."""
+    from spin_reg import cli, durable
+
+    outputs = tmp_path_factory.mktemp("swept")
+    words = ["train", "-m", *SMALL, "alpha=0,0.5", "seed=0,1", f"outputs={outputs}"]
+    out, err = StringIO(), StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(durable, "sync", lambda path: None)
+        patch.setattr(sys, "argv", ["spin-reg", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return outputs, Result(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ TABLE = [
     Row("model.sft.batch_size", RESULT, "3"),
     Row("model.sft.epochs", RESULT, "3"),
     Row("model.sft.learning_rate", RESULT, "0.1"),
+    Row("objective", RUNTIME, "eval/kl_data"),
     Row("outputs", RUNTIME, "elsewhere"),
     Row("regularizer", RESULT, "none"),
     Row("regularizer.alpha", RESULT, "0.25"),

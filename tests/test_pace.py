@@ -8,7 +8,7 @@ from conftest import SMALL, Command
 from test_estimate import ROWS, loaded
 
 from spin_reg.context import EVERY, Logged
-from spin_reg.estimate import work
+from spin_reg.estimate import pieces, work
 from spin_reg.pace import Timed, duration, left, timed
 from spin_reg.plan import Sources, plan
 
@@ -39,16 +39,16 @@ def test_what_is_left_goes_by_the_tokens_of_a_stage() -> None:
     first = next(stage for stage in stages if stage.kind == "train")
     line = f'x INFO r: {first.name}: took {{"seconds": 10.0}}\n'
     todo = stages[stages.index(first) + 1 :]
-    found = left(stages, todo, ROWS, line)
+    listed = pieces(stages, ROWS)
+    found = left(listed, {stage.name for stage in todo}, line)
     trained = [work([stage], ROWS).tokens for stage in stages if stage.kind == "train"]
     assert found.seconds == pytest.approx(10 * sum(trained[1:]) / trained[0])
     assert found.timed == ("train",) and found.unknown == ("generate", "score")
     assert "generate, score not timed yet" in found.words()
     half = f'x INFO r: {first.name}: at {{"done": 5, "total": 10, "since": 3, "seconds": 2.0}}\n'
-    assert left(stages, [first], ROWS, half).seconds == pytest.approx(5.0)
-    assert (
-        "not known" in left(stages, stages, ROWS, "").words() and left(stages, [], ROWS, "").words() == "nothing left"
-    )
+    assert left(listed, {first.name}, half).seconds == pytest.approx(5.0)
+    assert "not known" in left(listed, {stage.name for stage in stages}, "").words()
+    assert left(listed, set(), "").words() == "nothing left"
 
 
 def test_the_log_is_told_from_time_to_time(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,9 +1,10 @@
-"""The settings of evaluation with benchmarks: which tasks of lm-eval every iterate is judged by, and how."""
+"""The settings of evaluation: which tasks of lm-eval every iterate is judged by and how, and MT-Bench."""
 
 import re
 from dataclasses import dataclass, field
 
 from spin_reg import settings
+from spin_reg.mt_bench import Judge, MtBench, check_together
 from spin_reg.settings import MISSING, check, positive, runtime
 
 NAME = re.compile(r"\w[\w.+()-]*")  # a task's name is a word of lm-eval's command, and names a folder
@@ -36,7 +37,8 @@ class TaskFiles:
 
 @dataclass
 class Evaluation(settings.Evaluation):
-    """Whether iterates are judged, how many held-out samples are shown, and benchmarks through lm-eval (extra `eval`).
+    """Whether iterates are judged, how many held-out samples are shown, benchmarks through lm-eval (extra `eval`), and
+    MT-Bench with a judge (extra `judge`).
 
     `include_path`: a folder with task YAMLs of one's own (and Python that they name, which is run).
     `limit`: only the first so many items of every task, for trying out.
@@ -47,6 +49,8 @@ class Evaluation(settings.Evaluation):
     apply_chat_template: bool = False
     limit: int | None = None
     benchmark_batch_size: int = runtime(8)
+    mt_bench: MtBench = field(default_factory=MtBench)
+    judge: Judge = field(default_factory=Judge)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,3 +65,4 @@ class Evaluation(settings.Evaluation):
             given = getattr(self, key)
             ok = bool(self.benchmarks) or given == value
             check(ok, f"evaluation.{key}={given}: without benchmarks it does nothing; set evaluation.benchmarks")
+        check_together(self.enabled, self.mt_bench, self.judge)

@@ -268,7 +268,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False) -> None:
 
 
 def _show_plan(cfg: Any) -> None:
-    from spin_reg import estimate, launch, space
+    from spin_reg import asking, estimate, launch, space
     from spin_reg.console import short
 
     planned = _planned(cfg)
@@ -283,6 +283,9 @@ def _show_plan(cfg: Any) -> None:
         print(f"  stopped {planned.stop.words()}")
     tokens, memory = launch.estimates(planned)
     print(f"  tokens: {tokens.words()}")
+    asked = launch.judged(planned)
+    if asked.calls or asked.cached:
+        print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
     print(f"  memory: {memory.words(estimate.room())}")
     print(f"  time: {launch.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")

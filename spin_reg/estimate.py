@@ -9,7 +9,7 @@ from spin_reg.corpora import Dataset
 from spin_reg.plan import Stage
 from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize
 from spin_reg.space import BYTES, SLOTS, human
-from spin_reg.specs import GenerateSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec, answers_role
+from spin_reg.specs import ConverseSpec, GenerateSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec, answers_role
 
 QUANTIZED = {Quantize.none: None, Quantize.nf4: 0.55, Quantize.int8: 1.05}  # bytes a weight, with their scales
 
@@ -80,6 +80,8 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
         if isinstance(spec, GenerateSpec):
             share = 1.0 if spec.draw is None else _share(spec.draw.samplers[-1], spec.k)
             drawn += round(rows[spec.split] * share) * spec.max_new_tokens
+        elif isinstance(spec, ConverseSpec):
+            drawn += spec.answers * spec.max_new_tokens
         elif isinstance(spec, ScoreSpec):
             some = rows[spec.split] if spec.first is None else min(spec.first, rows[spec.split])
             scored += _scored(stage, spec, some)

@@ -43,7 +43,7 @@ class BenchmarkSpec(Kept):
 
 @dataclass(frozen=True)
 class QuestionsSpec(Kept):
-    """The questions of MT-Bench, and what is to be known of their answers, as they were read from `source`.
+    """The questions of MT-Bench, or their reference answers, as they were read from `source`.
 
     `sha256`: their content, whatever file it comes from.
     """
@@ -52,6 +52,7 @@ class QuestionsSpec(Kept):
     version: ClassVar[int] = 1
     remade: ClassVar[bool] = True
 
+    references: bool  # a stage of their own: a corrected one changes no answer
     sha256: str | None
     limit: int | None
     source: MtBench = field(metadata={"runtime": True})
@@ -69,11 +70,9 @@ class ConverseSpec(Kept):
     remade: ClassVar[bool] = True
 
     k: int
-    questions: str | None  # of what is asked alone: a corrected reference changes no answer
     temperatures: Mapping[str, float]
     temperature: float
     max_new_tokens: int
-    limit: int | None
     seed: int
     policy: Policy
     hardware: Hardware

@@ -20,6 +20,7 @@ from spin_reg import (
     durable,
     estimate,
     harness,
+    judges,
     origins,
     pace,
     results,
@@ -36,6 +37,7 @@ from spin_reg.config import Config
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, RunBusy
 from spin_reg.fingerprint import file_sha256, plain
+from spin_reg.judging import Cost
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.redact import redacted
 from spin_reg.results import Stop
@@ -132,6 +134,7 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     for stage, state in zip(planned.stages, planned.states, strict=True):
         if state.status is Status.stale:
             raise runner.refused(root, stage, state)
+    judges.check(settings, _todo(planned), planned.sources.mt_bench, root)
     read = None
     if not root.exists():
         environment(settings)
@@ -161,6 +164,11 @@ def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory]:
     """The tokens and the memory of the stages still to be made."""
     todo = _todo(planned)
     return estimate.work(todo, _counts(planned)), estimate.memory(todo, planned.config.model)
+
+
+def judged(planned: Planned) -> Cost:
+    """What the judge will be asked for, at most."""
+    return judges.expected(_todo(planned), planned.sources.mt_bench, planned.root)
 
 
 def time_left(planned: Planned) -> pace.Left:

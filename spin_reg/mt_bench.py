@@ -101,7 +101,10 @@ class Judge:
         check(ok, f"{key}.key_variable: {message}value is masked everywhere), or null where no key is needed")
         prices = self.price_in is not None and self.price_out is not None and self.longest is not None
         ok = self.max_cost is None or prices
-        check(ok, f"{key}.max_cost={self.max_cost}: what a call may cost is not known; set price_in, price_out, max_tokens")
+        check(
+            ok,
+            f"{key}.max_cost={self.max_cost}: what a call may cost is not known; set price_in, price_out, max_tokens",
+        )
 
     def _check_address(self) -> None:
         if self.base_url is None:
@@ -168,14 +171,15 @@ class Asked:
     prompts: Mapping[Mode, Prompt]
 
     @property
-    def questions_sha256(self) -> str:
-        """Questions with their references."""
-        return digest(self.questions)
-
-    @property
     def turns_sha256(self) -> str:
-        """What is asked, without references."""
+        """What is asked."""
         return digest([[question.question_id, question.category, question.turns] for question in self.questions])
 
+    @property
+    def references_sha256(self) -> str:
+        """What the judge is shown beside it."""
+        return digest([[question.question_id, question.references] for question in self.questions])
+
     def prompts_sha256(self, mode: Mode) -> str:
+        """What the judge is told."""
         return digest(self.prompts[mode])

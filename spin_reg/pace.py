@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spin_reg import estimate
 from spin_reg.plan import Stage
-from spin_reg.specs import BenchmarkSpec, Split
+from spin_reg.specs import BenchmarkSpec, JudgeSpec, Split
 
 LINE = re.compile(r": (\S+): (took|at|todo) (.+)$", flags=re.M)
 
@@ -72,7 +72,7 @@ def left(stages: Sequence[Stage], todo: Sequence[Stage], rows: Mapping[Split, in
     seconds, missing, counted = 0.0, set(), set()
     for stage in todo:
         own = known.get(stage.name)
-        if not tokens[stage.name] and not isinstance(stage.spec, BenchmarkSpec):
+        if not tokens[stage.name] and not isinstance(stage.spec, BenchmarkSpec | JudgeSpec):
             continue  # joins and evaluations are tables alone
         if own is not None and own.left:
             seconds += own.seconds * own.left

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from spin_reg.errors import DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
 from spin_reg.settings import Schedule
-from spin_reg.specs import BenchmarkSpec, EvaluateSpec, TrainSpec
+from spin_reg.specs import EvaluateSpec, JudgedSpec, QuestionsSpec, TrainSpec
 
 Values = dict[str, float]
 STOPPED = "stopped.json"
@@ -28,9 +29,14 @@ def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
                 keep(need)
 
     for stage in stages:
-        if isinstance(stage.spec, EvaluateSpec | BenchmarkSpec) and stage.needs["model"].name in there:
+        if isinstance(stage.spec, JudgedSpec) and judged_model(stage).name in there:
             keep(stage)
     return kept
+
+
+def judged_model(stage: Stage) -> Stage:
+    """The stage that made the iterate which a stage judges."""
+    return stage.needs["model"] if "model" in stage.needs else stage.needs["answers"].needs["model"]
 
 
 def _read(root: Path, k: int, name: str) -> Any:
@@ -98,7 +104,13 @@ def until(stages: Sequence[Stage], k: int) -> list[bool]:
     to k: benchmarks may stand at the end of a plan.
     """
     end = next(i for i, s in enumerate(stages) if isinstance(s.spec, EvaluateSpec) and s.spec.k == k)
-    return [i <= end or (isinstance(s.spec, BenchmarkSpec) and s.spec.k <= k) for i, s in enumerate(stages)]
+    return [i <= end or _late(s) <= k for i, s in enumerate(stages)]
+
+
+def _late(stage: Stage) -> float:
+    """The iterate that a stage judges, or 0 where it is for all; infinite where it is no such stage."""
+    judges_all = isinstance(stage.spec, QuestionsSpec)
+    return 0 if judges_all else stage.spec.k if isinstance(stage.spec, JudgedSpec) else inf
 
 
 def recorded(root: Path, stopped: Stop | None) -> bool:

@@ -1,47 +1,33 @@
 """Calls to a judge over an OpenAI-compatible address: many at a time, retried, each kept on disk once it is answered.
 
-One POST and one field of its answer are all that is needed, so this is a plain HTTP client. A cached call is a file of
-its own, which survives whatever ends the run; calls of all runs share the folder.
+One POST and one field of its answer are all that is needed, so a plain HTTP client does it: what is tried again, after
+how long, and what is kept are then ours to say.
 """
 
 import asyncio
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from spin_reg import durable, judging
+from spin_reg import judging
 from spin_reg.errors import ConfigError, SpinRegError
-from spin_reg.fingerprint import digest
 from spin_reg.judging import Call, Cost
 from spin_reg.mt_bench import Judge
 from spin_reg.redact import redacted
+from spin_reg.replies import Cache, Reply
 
 EVERY = 0.2  # seconds between two looks at whether to stop
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try, and before the last
 LONGEST_ASKED = 600.0  # seconds; a server that asks for more patience is given up
 BUSY = {408, 409, 425, 429}  # and every 5xx: trying again may help
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a judge said. `model`: as it calls itself. `read`, `written`: tokens, as it counts them (None: it does not)."""
-
-    text: str
-    finish_reason: str | None
-    model: str | None
-    read: int | None
-    written: int | None
-    host: str
-    time: str
 
 
 @dataclass
@@ -83,7 +69,7 @@ def check(judge: Judge) -> None:
 def check_limits(judge: Judge, expected: Cost, where: str = "what is still to be judged") -> None:
     """Raise ConfigError where so much more would be over the limits."""
     calls, money = spent.calls + expected.calls, expected.money(judge)
-    over = []
+    over: list[tuple[str, float, str]] = []
     if judge.max_calls is not None and expected.calls and calls > judge.max_calls:
         over.append(("max_calls", judge.max_calls, f"{calls} calls"))
     if judge.max_cost is not None and money and spent.cost + money > judge.max_cost:
@@ -95,36 +81,6 @@ def check_limits(judge: Judge, expected: Cost, where: str = "what is still to be
             why=f"{where} needs {needed}, beside {expected.cached} calls that are answered already",
             todo=f"raise evaluation.judge.{name}, or ask for less: evaluation.mt_bench.limit, evaluation.judge.modes",
         )
-
-
-class Cache:
-    """Answered calls in a folder: a file a call, named by its key; what is damaged is no answer."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def has(self, key: str) -> bool:
-        """Whether a call is there; its content is looked at when it is read."""
-        return any(self._files(key))
-
-    def read(self, key: str) -> Reply | None:
-        """The reply to a call; None where there is none that is whole."""
-        for path in self._files(key):
-            try:
-                return Reply(**durable.read_record(path)["reply"])
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                log.warning("%s is damaged (%s): the judge is asked again", path, error)
-        return None
-
-    def keep(self, call: Call, reply: Reply) -> None:
-        """Write a reply, with its request, to the disk."""
-        record = {"request": dict(call.body), "repeat": call.repeat, "reply": asdict(reply)}
-        path = self._folder / call.key[:2] / f"{call.key}-{digest([record, os.getpid()])[:16]}.json"
-        durable.make_folder(path.parent)  # a name of its own: another process may be keeping the same call
-        durable.write_record(path, record)
-
-    def _files(self, key: str) -> Iterator[Path]:
-        yield from sorted((self._folder / key[:2]).glob(f"{key}-*.json"))
 
 
 def ask(

@@ -86,7 +86,10 @@ class ConverseSpec(Kept):
 
 @dataclass(frozen=True)
 class JudgeSpec(Kept):
-    """The answers of iterate k as a judge sees them. `prompts`: SHA-256 of their texts. `cache`: where calls are kept."""
+    """The answers of iterate k as a judge sees them.
+
+    `prompts`: SHA-256 of what it is told. `cache`: the folder where answered calls are kept.
+    """
 
     kind: ClassVar[str] = "judge"
     version: ClassVar[int] = 1

@@ -7,6 +7,7 @@ from spin_reg import asking, judging, policies, rundir
 from spin_reg.config import Config
 from spin_reg.judging import Answers, Cost
 from spin_reg.mt_bench import Asked, Mode, Question
+from spin_reg.replies import Cache
 from spin_reg.specs import ConverseSpec, JudgeSpec, QuestionsSpec, Spec
 from spin_reg.stage import Stage
 
@@ -67,7 +68,7 @@ def expected(todo: Sequence[Stage], found: Asked | None, root: Path) -> Cost:
         asked = found.questions[:limit]
         shown = {role: _answers(stage.needs[role], names, asked, root) for role in stage.needs if role in ROLES}
         calls = judging.calls(spec.judge, found.prompts[spec.mode], asked, shown["answers"], shown.get("opponent"))
-        cache = asking.Cache(Path(spec.cache).expanduser())
+        cache = Cache(Path(spec.cache).expanduser())
         total = total.plus(judging.cost(spec.judge, calls, cache.has))
     return total
 
@@ -90,6 +91,8 @@ def check(config: Config, todo: Sequence[Stage], found: Asked | None, root: Path
         ConfigError: the client or the key is missing; or a limit is too low.
     """
     if any(isinstance(stage.spec, JudgeSpec) for stage in todo):
+        needed = expected(todo, found, root)
         asking.begin()
-        asking.check(config.evaluation.judge)
-        asking.check_limits(config.evaluation.judge, expected(todo, found, root))
+        if needed.calls:
+            asking.check(config.evaluation.judge)
+        asking.check_limits(config.evaluation.judge, needed)

@@ -85,9 +85,9 @@ class Judge:
         positive(evaluation__judge__repeats=self.repeats, evaluation__judge__concurrency=self.concurrency)
         positive(evaluation__judge__max_tokens=self.max_tokens)
         for name in ("temperature", "price_in", "price_out", "max_calls", "max_cost", "retries"):
-            value = getattr(self, name)
-            ok = value is None or (math.isfinite(value) and value >= 0)
-            check(ok, f"{key}.{name}={value}: give a number from 0")
+            number: float | None = getattr(self, name)
+            ok = number is None or (math.isfinite(number) and number >= 0)
+            check(ok, f"{key}.{name}={number}: give a number from 0")
         ok = math.isfinite(self.timeout) and self.timeout > 0
         check(ok, f"{key}.timeout={self.timeout}: give seconds above 0")
         ok = isinstance(self.body, dict) and not OURS & set(self.body)

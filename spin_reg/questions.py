@@ -171,6 +171,7 @@ def _bad_prompts(file: Path, why: str) -> ConfigError:
 def _check_prompt(file: Path, mode: Mode, prompt: Prompt) -> None:
     """Rendered, it must hold all that is to be judged, and say how a verdict is written."""
     names = ("answer",) if mode is Mode.single else ("answer_a", "answer_b")
+    turns: list[dict[str, str | None]]
     turns = [{name: f"{name} {n}" for name in ("question", "reference", *names)} for n in (1, 2)]
     for reference in (True, False):
         if not reference:

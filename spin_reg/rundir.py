@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from spin_reg import durable
 from spin_reg.errors import DamagedError, RunBusy, SpinRegError
 from spin_reg.fingerprint import digest, file_sha256, plain
-from spin_reg.plan import Stage
+from spin_reg.stage import Stage
 
 MANIFEST, RUN, STAGES = "stage.json", "run.json", ".stages"
 MARKER = f"{durable.SCRATCH}/fingerprint"

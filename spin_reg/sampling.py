@@ -52,7 +52,8 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
 
     Args:
         logits: (B, V). points: (B,) uniform in [0, 1).
-        temperature: divides the logits; 0 takes the likeliest, of equals any. top_p: keep the smallest set of most likely tokens with at least this mass.
+        temperature: divides the logits; 0 takes the likeliest.
+        top_p: keep the smallest set of most likely tokens with at least this mass.
 
     Returns:
         (B,) int64 tokens, -1 where the logits are no distribution (a NaN, or nothing finite); and (B,) float64, the

@@ -28,7 +28,7 @@ def benchmarks_table(root: Path, stages: Sequence[Stage]) -> Table | None:
 
 
 def mt_bench_table(root: Path, stages: Sequence[Stage]) -> Table | None:
-    """What the judge said, with its standard errors over questions, and of how many answers; None where it was not asked."""
+    """What the judge said, with standard errors over questions, and of how many answers; None where nobody asked it."""
     rows = _rows(root, stages, JudgeSpec)
     cells: Cells = {}
     for row in rows + _rows(root, stages, ConverseSpec) if rows else []:

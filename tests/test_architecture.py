@@ -14,6 +14,9 @@ GROUND = {
     "schedules",
     "metrics",
     "opponents",
+    "kept",
+    "judged",
+    "mt_bench",
     "regularizers",
     "settings",
     "corpora",
@@ -49,7 +52,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness"},
+        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness"}
+        | {"questions", "judging", "asking", "replies"},
         {
             "torch",
             "numpy",
@@ -64,11 +68,25 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "huggingface_hub",
             "jinja2",
             "yaml",
+            "httpx2",
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
-        {"plan", "stage", "policies", "pace", "origins", "versions", "rundir", "runner", "launch", "space", "estimate"}
+        {
+            "plan",
+            "stage",
+            "policies",
+            "judges",
+            "pace",
+            "origins",
+            "versions",
+            "rundir",
+            "runner",
+            "launch",
+            "space",
+            "estimate",
+        }
         | {"runlog", "results", "tracking"},
         {"filelock", "wandb", "accelerate"},
     ),

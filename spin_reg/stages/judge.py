@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from spin_reg import asking, durable, judging, questions, tables
-from spin_reg.asking import Reply
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest
 from spin_reg.judging import Answers, Call, Score, Verdict
 from spin_reg.mt_bench import Mode, Prompt, Question
+from spin_reg.replies import Cache, Reply
 from spin_reg.specs import JudgeSpec
 
 TOO_MANY = 0.05  # of the verdicts; where more cannot be read it is told
@@ -27,7 +27,7 @@ def run(spec: JudgeSpec, inputs: dict[str, Path], out: Path, context: Context) -
     found = asking.ask(
         spec.judge,
         calls,
-        asking.Cache(Path(spec.cache).expanduser()),
+        Cache(Path(spec.cache).expanduser()),
         poll=context.poll,
         progress=lambda done, total: context.progress(done, total, "call"),
     )

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from spin_reg.corpora import Hub, Jsonl, Part
@@ -188,8 +189,13 @@ def _check_prompt(file: Path, mode: Mode, prompt: Prompt) -> None:
             raise _bad_prompts(file, f"{mode}: it does not say that a verdict is written in [[double brackets]]")
 
 
+@lru_cache(maxsize=8)
+def _template(text: str) -> Template:
+    return _jinja.from_string(text)
+
+
 def messages(prompt: Prompt, turns: Sequence[Turn]) -> list[dict[str, str]]:
     """What the judge is sent of a conversation whose last turn is to be judged."""
     given = {"turns": turns, "turn": turns[-1], "number": len(turns)}
-    made = {role: _jinja.from_string(text).render(given) for role, text in vars(prompt).items()}
+    made = {role: _template(text).render(given) for role, text in vars(prompt).items()}
     return [{"role": role, "content": text} for role, text in made.items() if text.strip()]

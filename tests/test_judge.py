@@ -177,7 +177,7 @@ def test_settings_without_effect_or_out_of_range_are_refused(
     "fault", ["500", "503", "429", "wait 0.05", "slow", "cut", "drop", "raw <html>", "raw {}", 'raw {"choices": [{}]}']
 )
 def test_what_may_pass_is_tried_again(served: Served, tmp_path: Path, fault: str) -> None:
-    judge = judge_at(served, timeout=0.15 if fault == "slow" else 5.0)
+    judge = judge_at(served, timeout=0.15 if fault == "slow" else 5.0, concurrency=1)
     served.faults = [fault]
     calls = some_calls(judge, 2)
     assert set(ask(judge, calls, tmp_path).values()) == {"Fine. Grade: [[7]]"}
@@ -242,7 +242,7 @@ def test_a_call_is_made_once(served: Served, tmp_path: Path) -> None:
     assert len(served.seen) == 6 and "Authorization" not in served.seen[0][1]
     ask(judge_at(served, repeats=3, concurrency=1, timeout=9.0), some_calls(judge_at(served, repeats=3), 3), tmp_path)
     assert len(served.seen) == 9
-    path = next(tmp_path.rglob("*.json"))
+    (path,) = tmp_path.rglob(f"{calls[0].key}-*.json")
     path.write_text(path.read_text().replace("Grade: [[7]]", "Grade: [[9]]"))
     assert set(ask(judge, calls, tmp_path).values()) == {"Fine. Grade: [[7]]"}
     assert len(served.seen) == 10
@@ -340,7 +340,8 @@ def test_the_real_questions() -> None:
 
 def test_prompts_of_ones_own_must_show_what_is_judged(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
-    good = "single: {system: '', user: '{% for t in turns %}{{ t.question }}{{ t.answer }}{{ t.reference }}{% endfor %}[[7]]'}\n"
+    shown = "{% for t in turns %}{{ t.question }}{{ t.answer }}{{ t.reference }}{% endfor %}"
+    good = f"single: {{system: '', user: '{shown}[[7]]'}}\n"
     pair = "pairwise: {system: s, user: '{% for t in turns %}{{ t }}{% endfor %} [[A]]'}\n"
     path.write_text(good + pair)
     assert questions.prompts_of(str(path))[Mode.pairwise].system == "s"
@@ -350,7 +351,7 @@ def test_prompts_of_ones_own_must_show_what_is_judged(tmp_path: Path) -> None:
         (good.replace("{{ t.reference }}", "") + pair, "it leaves out reference 2"),
         (good.replace("[[7]]", "") + pair, "double brackets"),
         (good.replace("t.answer", "t.anwser") + pair, "UndefinedError"),
-        (good.replace("{{ t.answer }}", "{{ ''.__class__.__mro__ }}") + pair, "SecurityError"),
+        (good.replace("{{ t.answer }}", "{{ t.__class__.__mro__ }}") + pair, "SecurityError"),
         (good.replace("system: ''", "system: 1") + pair, "both texts"),
         ("a: [", "parsing"),
     ]:

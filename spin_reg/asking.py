@@ -166,7 +166,8 @@ def _may_start(judge: Judge, call: Call, running: Any) -> bool:
 
 
 def _over(judge: Judge, left: int) -> SpinRegError:
-    name = "max_cost" if judge.max_cost is not None else "max_calls"
+    calls = judge.max_calls is not None and spent.calls >= judge.max_calls
+    name = "max_calls" if calls else "max_cost"
     return SpinRegError(
         "The judge has reached what it may cost.",
         where=f"evaluation.judge.{name}={getattr(judge, name)}",

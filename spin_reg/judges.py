@@ -32,7 +32,7 @@ def plan(config: Config, found: Asked | None, k: int, add: Add, model: Callable[
     def answers(j: int) -> Stage:
         spec = ConverseSpec(
             k=j,
-            temperatures=asked.temperatures,
+            temperatures=asked.by_category,
             temperature=asked.temperature,
             max_new_tokens=asked.max_new_tokens,
             seed=config.seed,

@@ -82,7 +82,7 @@ def request(judge: Judge, messages: list[dict[str, str]]) -> dict[str, Any]:
         "temperature": judge.temperature,
         "max_tokens": judge.max_tokens,
     }
-    return {name: value for name, value in (body | judge.body).items() if value is not None}
+    return {name: value for name, value in (body | (judge.body or {})).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ class Mode(StrEnum):
 class MtBench:
     """The questions, from a file or a Hub data set (null: no MT-Bench), and how an iterate answers them.
 
-    `references`: a file whose answers the judge is shown in place of the questions' own. `temperatures`: by category,
-    0 is greedy; `temperature`: of every other category. `limit`: only the first so many questions, for trying out.
+    `references`: a file whose answers the judge is shown in place of the questions' own. `temperatures`: by category, where
+    they are to differ from MT-Bench's, 0 is greedy; `temperature`: of categories that it does not know. `limit`: only
+    the first so many questions, for trying out.
     """
 
     questions: str | None = runtime(None)  # what is in it counts, by content
@@ -39,7 +40,7 @@ class MtBench:
     revision: str | None = runtime(None)
     split: str = runtime("train")
     references: str | None = runtime(None)
-    temperatures: dict[str, float] = field(default_factory=lambda: dict(TEMPERATURES))
+    temperatures: Any = None
     temperature: float = 0.7
     max_new_tokens: int = 1024
     limit: int | None = None
@@ -47,9 +48,16 @@ class MtBench:
     def __post_init__(self) -> None:
         key = "evaluation.mt_bench"
         positive(evaluation__mt_bench__max_new_tokens=self.max_new_tokens, evaluation__mt_bench__limit=self.limit)
-        for name, value in {"temperature": self.temperature, **self.temperatures}.items():
-            ok = math.isfinite(value) and value >= 0
+        given = {} if self.temperatures is None else self.temperatures
+        check(isinstance(given, dict), f"{key}.temperatures={given}: give categories and numbers as {{math: 0.0}}")
+        for name, value in {"temperature": self.temperature, **given}.items():
+            ok = isinstance(value, int | float) and math.isfinite(value) and value >= 0
             check(ok, f"{key}.temperatures: {name} has {value}: give 0 (greedy) or a number above it")
+
+    @property
+    def by_category(self) -> dict[str, float]:
+        """The temperature of each category that has one of its own."""
+        return TEMPERATURES | {str(name): float(value) for name, value in (self.temperatures or {}).items()}
 
 
 @dataclass
@@ -81,7 +89,6 @@ class Judge:
 
     def __post_init__(self) -> None:
         key = "evaluation.judge"
-        self.body = {} if self.body is None else self.body
         positive(evaluation__judge__repeats=self.repeats, evaluation__judge__concurrency=self.concurrency)
         positive(evaluation__judge__max_tokens=self.max_tokens)
         for name in ("temperature", "price_in", "price_out", "max_calls", "max_cost", "retries"):
@@ -90,7 +97,7 @@ class Judge:
             check(ok, f"{key}.{name}={number}: give a number from 0")
         ok = math.isfinite(self.timeout) and self.timeout > 0
         check(ok, f"{key}.timeout={self.timeout}: give seconds above 0")
-        ok = isinstance(self.body, dict) and not OURS & set(self.body)
+        ok = self.body is None or (isinstance(self.body, dict) and not OURS & set(self.body))
         check(ok, f"{key}.body: give names and values of request fields, but none of {', '.join(sorted(OURS))}")
         ok = bool(self.modes) and len(set(self.modes)) == len(self.modes)
         check(ok, f"{key}.modes={[str(mode) for mode in self.modes]}: give single, pairwise or both, each once")
@@ -120,7 +127,7 @@ class Judge:
     @property
     def longest(self) -> int | None:
         """The most tokens that a verdict may have; None where nothing says so."""
-        given = [self.body.get(name) for name in ("max_completion_tokens", "max_tokens")]
+        given = [(self.body or {}).get(name) for name in ("max_completion_tokens", "max_tokens")]
         return next((value for value in (*given, self.max_tokens) if isinstance(value, int)), None)
 
     @property

@@ -93,7 +93,7 @@ TABLE = [
     Row("evaluation.mt_bench.split", RUNTIME, "test", given=JUDGE),
     Row("evaluation.mt_bench.subset", RUNTIME, "main", given=JUDGE),
     Row("evaluation.mt_bench.temperature", JUDGED, "0.5", given=JUDGE),
-    Row("evaluation.mt_bench.temperatures", JUDGED, "{math: 0.5}", given=JUDGE),
+    Row("evaluation.mt_bench.temperatures", JUDGED, "{math: 0.5, other: 0.0}", given=JUDGE),
     Row("evaluation.num_samples", JUDGED, "3"),
     Row("generation", GROUP),
     Row("generation.batch_size", RUNTIME, "3"),

@@ -30,9 +30,9 @@ class Mode(StrEnum):
 class MtBench:
     """The questions, from a file or a Hub data set (null: no MT-Bench), and how an iterate answers them.
 
-    `references`: a file whose answers the judge is shown in place of the questions' own. `temperatures`: by category, where
-    they are to differ from MT-Bench's, 0 is greedy; `temperature`: of categories that it does not know. `limit`: only
-    the first so many questions, for trying out.
+    `references`: a file whose answers the judge is shown in place of the questions' own. `temperatures`: by category,
+    where they are to differ from MT-Bench's, 0 is greedy; `temperature`: of categories that it does not know. `limit`:
+    only the first so many questions, for trying out.
     """
 
     questions: str | None = runtime(None)  # what is in it counts, by content

@@ -2,8 +2,11 @@
 
 Queries, keys and values are made of every slot once, with the positions of `packing.Packed`; only here a prompt's are
 copied to each of its answers. So no mask is needed, and the kernels that skip what a causal row does not see are used.
+
+While answers are drawn, rows of a cache have one query each; columns that none of some rows sees are not read.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +20,26 @@ from spin_reg.packing import Packed
 NAME = "branches"
 
 
+@dataclass(frozen=True)
+class Newest:
+    """Rows with one query each, the newest column's: blocks of rows, and the first column that any row of each sees."""
+
+    blocks: tuple[tuple[slice, int], ...]
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    branches: Packed | None = None,
+    branches: Packed | Newest | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' `sdpa` does, on unfolded rows where `branches` says so.
+    """What transformers' `sdpa` does, on unfolded rows or in blocks of rows where `branches` says so.
 
     Args:
-        query: (B, heads, T, D). key, value: (B, key heads, T, D); B is 1 where `branches` is given.
+        query: (B, heads, T, D). key, value: (B, key heads, columns, D). B is 1 of a `Packed`, T is 1 of a `Newest`.
 
     Returns:
         (B, T, heads, D), and no weights.
@@ -38,8 +48,14 @@ def attend(
         made, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return made, None
     made = []
-    for rows in branches.unfold:
-        unfolded = [_unfolded(states, rows) for states in (query, key, value)]
+    if isinstance(branches, Newest):
+        for rows, first in branches.blocks:
+            mask = None if attention_mask is None else attention_mask[rows, ..., first:]
+            seen = (query[rows], key[rows, :, first:], value[rows, :, first:], mask)
+            made.append(sdpa_attention_forward(module, *seen, **kwargs)[0])
+        return torch.cat(made), None
+    for unfold in branches.unfold:
+        unfolded = [_unfolded(states, unfold) for states in (query, key, value)]
         block, _ = sdpa_attention_forward(module, *unfolded, None, **kwargs)
         made.append(block.flatten(0, 1))
     return torch.cat(made).index_select(0, branches.fold).unsqueeze(0), None

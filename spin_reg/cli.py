@@ -281,9 +281,8 @@ def _show_plan(cfg: Any) -> None:
     print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
     if planned.stop is not None:
         print(f"  stopped {planned.stop.words()}")
-    tokens, memory = launch.estimates(planned)
+    tokens, memory, asked = launch.estimates(planned)
     print(f"  tokens: {tokens.words()}")
-    asked = launch.judged(planned)
     if asked.calls or asked.cached:
         print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
     print(f"  memory: {memory.words(estimate.room())}")

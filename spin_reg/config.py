@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spin_reg import benchmarks, corpora, redact, settings
 from spin_reg.errors import ConfigError
 from spin_reg.fingerprint import digest, identity, plain
-from spin_reg.metrics import KNOWN_LANGUAGE
+from spin_reg.metrics import EXACT_MATCH, KNOWN_LANGUAGE
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
 from spin_reg.schedules import per_iteration
@@ -90,6 +90,7 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
         _check_run_name(config.run_name)
         _check_alpha(config, sweep)
         _check_loss(config)
+        _check_generation(config.generation)
         _check_keep(config)
         _check_stop(config)
         _check_packages(config)
@@ -200,6 +201,8 @@ def _check_stop(config: Config) -> None:
         return
     named = f"schedule.stop_when.metric={rule.metric}"
     settings.check(config.evaluation.enabled, f"{named}: nothing is evaluated; set schedule.stop_when=null")
+    asked = config.evaluation.exact_match.regex is not None or rule.metric not in EXACT_MATCH
+    settings.check(asked, f"{named}: nothing is matched; set evaluation=exact_match")
     known = isinstance(config.dataset, corpora.Toy) or rule.metric not in KNOWN_LANGUAGE
     settings.check(known, f"{named}: it is known of dataset=toy alone; give eval/heldout_nll")
 
@@ -248,6 +251,14 @@ def _check_loss(config: Config) -> None:
             "Z cancels between two answers only while their log-ratios are not divided by length. Use loss.length_norm="
             "none, or a normalised reference (regularizer.reference=arithmetic, last or generator; alpha 0 or 1)",
         )
+
+
+def _check_generation(generation: settings.Generation) -> None:
+    """What is played against are draws from an opponent; at temperature 0 it has none."""
+    ok = generation.temperature > 0
+    settings.check(
+        ok, f"generation.temperature={generation.temperature}: give a number above 0 (1 samples the policy itself)"
+    )
 
 
 OUTSIDE_IDENTITY = ("schedule.iterations", "evaluation", "tracker", "alpha", "run_name", "outputs")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from spin_reg import asking, judging, policies, rundir
 from spin_reg.config import Config
-from spin_reg.judging import Answers, Cost
+from spin_reg.judging import Answers
+from spin_reg.judging import Cost as Cost
 from spin_reg.mt_bench import Asked, Mode, Question
 from spin_reg.replies import Cache
 from spin_reg.specs import ConverseSpec, JudgeSpec, QuestionsSpec, Spec

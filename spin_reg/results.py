@@ -12,9 +12,10 @@ from spin_reg.errors import DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
 from spin_reg.settings import Schedule
-from spin_reg.specs import EvaluateSpec, JudgedSpec, QuestionsSpec, TrainSpec
+from spin_reg.specs import BenchmarkSpec, ConverseSpec, EvaluateSpec, JudgeSpec, QuestionsSpec, TrainSpec
 
 Values = dict[str, float]
+Late = BenchmarkSpec | ConverseSpec | JudgeSpec  # what may stand at the end of a plan
 STOPPED = "stopped.json"
 
 
@@ -29,7 +30,7 @@ def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
                 keep(need)
 
     for stage in stages:
-        if isinstance(stage.spec, JudgedSpec) and judged_model(stage).name in there:
+        if isinstance(stage.spec, EvaluateSpec | Late) and judged_model(stage).name in there:
             keep(stage)
     return kept
 
@@ -58,6 +59,12 @@ def crossplay(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
     """A[i, j] by (i, j), as far as it is known: see `stages.evaluate.crossplay`."""
     entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "crossplay.json") or []]
     return {(entry["discriminator"], entry["answers"]): entry for entry in entries}
+
+
+def preferences(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
+    """How often iterate k gives real answers the higher log-prob than iterate j, by (k, j): see `stages.evaluate`."""
+    entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "preferences.json") or []]
+    return {(entry["iterate"], entry["over"]): entry for entry in entries}
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def until(stages: Sequence[Stage], k: int) -> list[bool]:
 def _late(stage: Stage) -> float:
     """The iterate that a stage judges, or 0 where it is for all; infinite where it is no such stage."""
     judges_all = isinstance(stage.spec, QuestionsSpec)
-    return 0 if judges_all else stage.spec.k if isinstance(stage.spec, JudgedSpec) else inf
+    return 0 if judges_all else stage.spec.k if isinstance(stage.spec, Late) else inf
 
 
 def recorded(root: Path, stopped: Stop | None) -> bool:

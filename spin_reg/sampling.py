@@ -17,15 +17,18 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from spin_reg import scorer
+from spin_reg.branches import Newest
+from spin_reg.columns import ROOM, Columns, empty
 from spin_reg.errors import NonFiniteError
 from spin_reg.fingerprint import seed_of
-from spin_reg.logprobs import takes
-from spin_reg.packing import cut
+from spin_reg.logprobs import cache_name, takes
+from spin_reg.packing import Group, cut, pack
 
 LEAVE = 0.75  # with no prompt waiting, rows are dropped once fewer than this share of them go on
 REFILL = 8  # prompts come in once one row in so many is free
 PREFILL = 4096  # prompt tokens that go through the model at once
-ROOM = 128  # columns by which the cache grows
+TOGETHER = 16  # rows of which attention reads the columns from the first that one of them sees
 BLOCK = 256  # probabilities that are summed before any is looked at
 
 
@@ -52,7 +55,7 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
 
     Args:
         logits: (B, V). points: (B,) uniform in [0, 1).
-        temperature: divides the logits; 0 takes the likeliest.
+        temperature: divides the logits; 0 takes the likeliest token, the first of equals, and uses no point.
         top_p: keep the smallest set of most likely tokens with at least this mass.
 
     Returns:
@@ -60,8 +63,8 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
         log-prob of each in the distribution that it was drawn from.
     """
     if temperature == 0:
-        top, likeliest = logits.float().max(dim=-1)
-        return likeliest.masked_fill(~top.isfinite(), -1), torch.zeros_like(top, dtype=torch.float64)
+        most, likeliest = logits.float().max(dim=-1)
+        return likeliest.masked_fill(~most.isfinite(), -1), torch.zeros_like(most, dtype=torch.float64)
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     mass = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()  # not normalised
     if top_p < 1:
@@ -69,8 +72,8 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
         outside = ordered.cumsum(dim=-1) - ordered >= top_p
         mass = torch.zeros_like(mass).scatter(-1, index, ordered.masked_fill(outside, 0.0))
     vocabulary, points = mass.shape[-1], points.to(mass.device).unsqueeze(-1)
-    blocks = mass[:, : vocabulary // BLOCK * BLOCK].view(len(mass), -1, BLOCK).sum(dim=-1, dtype=torch.float64)
-    blocks = torch.cat([blocks, mass[:, blocks.shape[1] * BLOCK :].sum(dim=-1, keepdim=True, dtype=torch.float64)], 1)
+    blocks = mass[:, : vocabulary // BLOCK * BLOCK].view(len(mass), -1, BLOCK).sum(dim=-1)
+    blocks = torch.cat([blocks, mass[:, blocks.shape[1] * BLOCK :].sum(dim=-1, keepdim=True)], 1).double()
     upto = blocks.cumsum(dim=-1)
     total = upto[:, -1:]
     block = _first_above(upto, points * total)
@@ -99,62 +102,22 @@ def _nonfinite(names: Sequence[str], position: int) -> NonFiniteError:
     )
 
 
-class _Columns(DynamicLayer):
-    """One layer's keys and values in a buffer with room to the right; what is read is a view of it."""
-
-    keys: Tensor
-    values: Tensor
-    used = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write the newest column; keys and values are (rows, heads, 1, width)."""
-        if self.used == self.keys.shape[2]:
-            self.keys, self.values = (_wider(states, ROOM) for states in (self.keys, self.values))
-        self.keys[:, :, self.used] = key_states[:, :, 0]
-        self.values[:, :, self.used] = value_states[:, :, 0]
-        self.used += 1
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
-
-    def get_seq_length(self) -> int:
-        """Columns in use."""
-        return self.used
-
-    def put(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Lay prompts to the left of the newest column."""
-        there = slice(self.used - keys.shape[2], self.used)
-        self.keys[rows, :, there], self.values[rows, :, there] = keys, values
-
-    def trim(self, rows: Tensor, first: int) -> None:
-        """Keep these rows, and the columns from `first` on."""
-        self.keys, self.values = (
-            _wider(states[rows, :, first : self.used], ROOM) for states in (self.keys, self.values)
-        )
-        self.used -= first
-
-
-def _wider(states: Tensor, room: int) -> Tensor:
-    rows, heads, columns, width = states.shape
-    wide = states.new_zeros((rows, heads, columns + room, width))
-    wide[:, :, :columns] = states
-    return wide
-
-
 class _Decoder:
     """The rows that are being answered: which prompt each answers, its cache, and the logits of its next token."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
         self.model, self.prompts = model, prompts
-        self.cache_name = "cache" if takes(model, "cache") else "past_key_values"
+        self.packs = scorer.reads_packed(model)
+        self.cache_name = cache_name(model)
         self.last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.rows: list[int | None] = []  # the prompt that each row answers; None: the row is free
+        self.first: list[int] = []  # the column where each row's prompt begins
         self.mask = self.positions = self.logits = torch.empty(0)
         self.cache = Cache(layers=[])
 
     def start(self, picked: Sequence[int]) -> None:
         """Begin with these prompts, a row each."""
-        self.rows = [None] * len(picked)
+        self.rows, self.first = [None] * len(picked), [0] * len(picked)
         self.mask = self.positions = torch.empty(0)
         self.fill(picked)
 
@@ -174,35 +137,59 @@ class _Decoder:
             self._prefill(taken, [picked[i] for i in some])
 
     def _prefill(self, taken: list[int], picked: list[int]) -> None:
-        device, rows = self.model.device, torch.tensor(taken, device=self.model.device)
-        ids, mask = (made.to(device) for made in _left_padded([self.prompts[i] for i in picked]))
-        cache = DynamicCache(config=self.model.config) if len(picked) == len(self.rows) == 1 else DynamicCache()
-        logits = self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
-        width, columns = ids.shape[1], self.mask.shape[1]
+        prompts, columns = [self.prompts[i] for i in picked], self.mask.shape[1]
         if len(self.rows) == 1:  # nothing to lay beside others: any kind of cache will do
-            self.cache, self.mask, self.logits = cache, mask, logits
+            self.cache = DynamicCache(config=self.model.config)
+            self.logits, self.mask = self._padded(prompts, self.cache)
         else:
+            cache = DynamicCache()
+            logits, places = self._read(prompts, cache)
             if not self.cache.layers:
-                self.cache = Cache(layers=[_empty(layer, len(self.rows), columns) for layer in cache.layers])
+                self.cache = Cache(layers=[empty(layer, len(self.rows), columns) for layer in cache.layers])
                 self.logits = logits.new_zeros((len(self.rows), logits.shape[1]))
             for layer, made in zip(self.cache.layers, cache.layers, strict=True):
-                assert isinstance(layer, _Columns)
-                layer.put(rows, made.keys, made.values)
-            self.mask[rows] = 0
-            self.mask[rows, columns - width :] = mask
-            self.logits[rows] = logits
-        self.positions[rows, 0] = mask.sum(dim=1)
-        for row, i in zip(taken, picked, strict=True):
-            self.rows[row] = i
+                assert isinstance(layer, Columns)
+                for row, (of, states) in zip(taken, places, strict=True):
+                    layer.put(row, made.keys[of, :, states], made.values[of, :, states])
+            self.logits[taken] = logits
+        for row, i, prompt in zip(taken, picked, prompts, strict=True):
+            self.rows[row], self.first[row] = i, columns - len(prompt)
+            self.mask[row, : self.first[row]], self.mask[row, self.first[row] :] = 0, 1
+            self.positions[row] = len(prompt)
+
+    def _read(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, list[tuple[int, slice]]]:
+        """The logits after each prompt, and where in the cache its states lie: a row, and columns of it."""
+        if self.packs and max(map(len, prompts)) < scorer.window(self.model):
+            packed = pack([Group(prompt, ([0],)) for prompt in prompts], self.model.device)
+            ends = (packed.before + 1).tolist()
+            places = [(0, slice(end - len(prompt), end)) for end, prompt in zip(ends, prompts, strict=True)]
+            return scorer.packed_logits(self.model, packed, cache), places
+        logits, mask = self._padded(prompts, cache)
+        width = mask.shape[1]
+        return logits, [(row, slice(width - len(prompt), width)) for row, prompt in enumerate(prompts)]
+
+    def _padded(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, Tensor]:
+        ids, mask = (made.to(self.model.device) for made in _left_padded(prompts))
+        return self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache), mask
 
     def step(self, tokens: Tensor) -> None:
         """Read the (B,) tokens that were drawn."""
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.rows), 1))], dim=1)
-        self.logits = self._forward(tokens.unsqueeze(-1), self.mask, self.positions, self.cache)
+        seen = {"branches": self._newest()} if self.packs else {}
+        self.logits = self._forward(tokens.unsqueeze(-1), self.mask, self.positions, self.cache, **seen)
         going = [[of is not None] for of in self.rows]  # the positions of free rows stay where they are allowed
         self.positions = (self.positions + 1) * torch.tensor(going, device=self.positions.device)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def _newest(self) -> Newest:
+        """Rows in blocks: those that came in together are of like length, the longest first."""
+        columns, found = self.mask.shape[1], []
+        for start in range(0, len(self.rows), TOGETHER):
+            rows = slice(start, start + TOGETHER)
+            going = (first for first, of in zip(self.first[rows], self.rows[rows], strict=True) if of is not None)
+            found.append((rows, min(going, default=columns - 1)))
+        return Newest(tuple(found))
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, **seen: Newest) -> Tensor:
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -210,6 +197,7 @@ class _Decoder:
             use_cache=True,
             **{self.cache_name: cache},
             **self.last,
+            **seen,
         )
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -223,21 +211,11 @@ class _Decoder:
             return  # not worth the copies
         rows = going.nonzero().squeeze(1) if leave else torch.arange(len(going), device=going.device)
         for layer in self.cache.layers:
-            if isinstance(layer, _Columns):
+            if isinstance(layer, Columns):
                 layer.trim(rows, first)
         self.mask, self.positions, self.logits = self.mask[rows, first:], self.positions[rows], self.logits[rows]
+        self.first = [self.first[row] - first for row in rows.tolist()]
         self.rows = [self.rows[row] for row in rows.tolist()]
-
-
-def _empty(layer: DynamicLayer, rows: int, columns: int) -> _Columns:
-    made = _Columns()
-    made.keys, made.values = (
-        _wider(states.new_zeros((rows, states.shape[1], columns, states.shape[3])), ROOM)
-        for states in (layer.keys, layer.values)
-    )
-    made.used, made.is_initialized = columns, True
-    made.dtype, made.device = layer.keys.dtype, layer.keys.device
-    return made
 
 
 @torch.no_grad()  # not inference mode, in which autocast keeps no cast weight

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from spin_reg import branches
-from spin_reg.logprobs import collate, token_logprobs
+from spin_reg.logprobs import cache_name, collate, token_logprobs
 from spin_reg.packing import Group, Packed, pack
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
 
@@ -33,7 +33,7 @@ class Scorer(nn.Module):
 
     def forward(self, groups: Sequence[Group]) -> Tensor:
         """(n,) float32 nats: the tokens of all answers, in the order of groups and answers."""
-        if self.packs and max(group.longest for group in groups) < _window(self.model):
+        if self.packs and max(group.longest for group in groups) < window(self.model):
             return packed_logprobs(self.model, pack(groups, self.model.device))
         prompts = [group.prompt for group in groups for _ in group.answers]
         answers = [answer for group in groups for answer in group.answers]
@@ -43,20 +43,32 @@ class Scorer(nn.Module):
 
 def packed_logprobs(model: PreTrainedModel, packed: Packed) -> Tensor:
     """The log-probs of `Scorer.forward` in one pass over packed slots; logits are made of the slots that need them."""
+    states, head = _states(model, packed)
+    device = states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+    head_logprobs: Callable[..., Tensor] = _HeadLogprobs.apply
+    return head_logprobs(states.to(dtype), head.weight, head.bias, packed.targets)
+
+
+def packed_logits(model: PreTrainedModel, packed: Packed, cache: Cache) -> Tensor:
+    """(n, vocabulary): the logits at the slots before the targets; keys and values of all slots go into the cache."""
+    states, head = _states(model, packed, cache)
+    logits: Tensor = head(states)
+    return logits
+
+
+def _states(model: PreTrainedModel, packed: Packed, cache: Cache | None = None) -> tuple[Tensor, Any]:
+    """(n, hidden): the last states at the slots before the targets; and the head."""
     inner = _inner(model)
     hidden = inner.base_model(
         input_ids=packed.input_ids,
         attention_mask=torch.ones_like(packed.input_ids),  # else positions that begin anew would make a mask
         position_ids=packed.position_ids,
-        use_cache=False,
+        use_cache=cache is not None,
         branches=packed,
+        **({} if cache is None else {cache_name(inner.base_model): cache}),
     ).last_hidden_state
-    head = inner.get_output_embeddings()
-    states = hidden[0].index_select(0, packed.before)
-    device = states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-    head_logprobs: Callable[..., Tensor] = _HeadLogprobs.apply
-    return head_logprobs(states.to(dtype), head.weight, head.bias, packed.targets)
+    return hidden[0].index_select(0, packed.before), inner.get_output_embeddings()
 
 
 class _HeadLogprobs(torch.autograd.Function):
@@ -121,7 +133,7 @@ def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _window(model: nn.Module) -> float:
+def window(model: nn.Module) -> float:
     """Tokens up to which one sees all that stands before it: some architectures look back only so far."""
     config = _inner(model).config
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -156,7 +168,7 @@ def _tried(model: nn.Module) -> bool:
     coarse = next(model.parameters()).dtype != torch.float32
     groups = [Group([1, 2, 3], ([4, 5], [6, 1, 2])), Group([2], ([3, 3, 4, 5, 1],)), Group([5, 4], ([1], [2, 6, 3]))]
     other = [Group([1, 2, 3], ([6, 5], [6, 1, 2])), *groups[1:]]
-    if max(group.longest for group in groups) >= _window(model):
+    if max(group.longest for group in groups) >= window(model):
         return False
     try:
         packed, moved = (packed_logprobs(model, pack(rows, _inner(model).device)) for rows in (groups, other))

@@ -230,7 +230,10 @@ class Loss:
 
 @dataclass
 class Generation:
-    """How answers are drawn; `max_new_tokens` null means `dataset.max_response_tokens`."""
+    """How answers are drawn; `max_new_tokens` null means `dataset.max_response_tokens`.
+
+    Temperature 0 takes the likeliest token each time: for evaluations alone, `config.load` refuses it for the game.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -238,7 +241,7 @@ class Generation:
     batch_size: int = runtime(32)
 
     def __post_init__(self) -> None:
-        ok = math.isfinite(self.temperature) and self.temperature > 0
+        ok = math.isfinite(self.temperature) and self.temperature >= 0
         check(ok, f"generation.temperature={self.temperature}: give a number above 0 (1 samples the policy itself)")
         check(0 < self.top_p <= 1, f"generation.top_p={self.top_p}: give a number above 0, up to 1")
         positive(generation__max_new_tokens=self.max_new_tokens, generation__batch_size=self.batch_size)

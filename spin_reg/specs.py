@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from spin_reg.corpora import Dataset
+from spin_reg.exact import ExactMatch
 from spin_reg.judged import BenchmarkSpec as BenchmarkSpec
 from spin_reg.judged import ConverseSpec as ConverseSpec
 from spin_reg.judged import JudgeSpec as JudgeSpec
@@ -218,11 +219,11 @@ class EvaluateSpec(Kept):
     """What is reported of iterate k, from tables alone; `game` is None for the base, which played none.
 
     `matches`: each what iteration t played, against the answers of one iterate, so that iterate t + 1 is the
-    discriminator.
+    discriminator. `exact_match`: how the answers of the inputs `results/KK` are compared with the real ones, if at all.
     """
 
     kind: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     remade: ClassVar[bool] = True  # evaluation settings are no part of a run's identity: others make it anew
 
     k: int
@@ -231,30 +232,25 @@ class EvaluateSpec(Kept):
     beta: float | None
     length_norm: LengthNorm
     num_samples: int
+    exact_match: ExactMatch | None
     model: Model = field(metadata={"runtime": True})  # only its tokenizer matters here, and the data have that
     dataset: Dataset = field(metadata={"runtime": True})  # it is part of what the data are
 
 
+@dataclass(frozen=True)
+class DivergenceSpec(Kept):
+    """KL(pi_k || pi_other) over the whole vocabulary, along iterate k's own answers to the `first` held-out prompts."""
+
+    kind: ClassVar[str] = "divergence"
+    version: ClassVar[int] = 1
+
+    k: int
+    other: int
+    first: int
+    policy: Policy
+    hardware: Hardware
+
+
 AnswersSpec = GenerateSpec | PublishedSpec
-JudgedSpec = EvaluateSpec | BenchmarkSpec | ConverseSpec | JudgeSpec
-Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | JudgedSpec | QuestionsSpec
-
-
-def answers_role(j: int) -> str:
-    """The input that holds answers of iterate j."""
-    return f"answers/{j:02d}"
-
-
-def real_role(k: int) -> str:
-    """The input that holds iterate k's log-probs of real answers."""
-    return f"real/{k:02d}"
-
-
-def holds_scores(role: str) -> bool:
-    """Whether an input is one of log-probs."""
-    return role.startswith(("real/", "generated/"))
-
-
-def generated_role(k: int, j: int) -> str:
-    """The input that holds iterate k's log-probs of the answers of iterate j."""
-    return f"generated/{k:02d}-{j:02d}"
+Judged = EvaluateSpec | DivergenceSpec | BenchmarkSpec | ConverseSpec | JudgeSpec
+Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | Judged | QuestionsSpec

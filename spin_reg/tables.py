@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any, overload
 
@@ -65,6 +66,7 @@ CONVERSATIONS = pa.schema(
         ("tokens", pa.list_(pa.int32())),
     ]
 )
+DIVERGENCES = pa.schema([("example_id", pa.string()), ("kl", pa.float64())])
 PAIRS = pa.schema(
     [
         ("example_id", pa.string()),
@@ -118,7 +120,7 @@ class Rows(Sequence[Row]):
         return [self._row(k) for k in there[i]] if isinstance(i, slice) else self._row(there[i])
 
 
-def read(*paths: Path, columns: Sequence[str] | None = None, kept: int = IN_ORDER) -> Rows:
+def read(*paths: Path | BytesIO, columns: Sequence[str] | None = None, kept: int = IN_ORDER) -> Rows:
     """The rows of one or more Parquet files, one file after the other.
 
     Args:

@@ -21,6 +21,8 @@ GROUND = {
     "settings",
     "corpora",
     "benchmarks",
+    "exact",
+    "roles",
     "specs",
     "context",
     "redact",
@@ -52,7 +54,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness"}
+        | {"checkpoint", "fit", "diagnostics", "join", "branches", "columns", "scorer", "selfcheck", "harness"}
         | {"questions", "judging", "asking", "replies"},
         {
             "torch",

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from spin_reg import config, estimate, iterates, launch, overrides, rundir, tables
 from spin_reg.plan import Sources, Stage, plan
-from spin_reg.specs import CHECKED, GenerateSpec, ScoreSpec, Split, answers_role
+from spin_reg.roles import answers_role
+from spin_reg.specs import CHECKED, GenerateSpec, ScoreSpec, Split
 
 N, ITERATIONS = 2000, 10
 NAMES = [f"train-{i:05d}" for i in range(N)]

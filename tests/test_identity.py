@@ -23,8 +23,9 @@ RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
 NAME = "replaces the run's name, and no stage"
 LENGTH = "a longer run keeps its name and every stage of the shorter one"
-JUDGED = "what is reported of iterates: no name and no stage but evaluate, held-out scores, benchmarks and MT-Bench"
+JUDGED = "what is reported of iterates: no name and no stage but those that judge, and what they read of held-out rows"
 ASKED = "evaluation.benchmarks=[{task:a}]"
+MATCHED = "evaluation=exact_match"
 JUDGE = "evaluation=mt_bench evaluation.judge.model=m evaluation.judge.base_url=http://here/v1"
 PRICES = "evaluation.judge.price_in=1 evaluation.judge.price_out=1"
 GROUP = "its keys stand for it"
@@ -65,6 +66,14 @@ TABLE = [
     Row("evaluation.benchmarks", JUDGED, "[{task: a, num_fewshot: 5}]"),
     Row("evaluation.crossplay", JUDGED, "true"),
     Row("evaluation.enabled", JUDGED, "false"),
+    Row("evaluation.exact_match", GROUP),
+    Row("evaluation.exact_match.max_new_tokens", JUDGED, "9", given=MATCHED),
+    Row("evaluation.exact_match.normalise", JUDGED, "false", given=MATCHED),
+    Row("evaluation.exact_match.real_regex", JUDGED, "x(y)", given=MATCHED),
+    Row("evaluation.exact_match.regex", JUDGED, "x(y)"),
+    Row("evaluation.exact_match.temperature", JUDGED, "0.5", given=MATCHED),
+    Row("evaluation.full_kl", JUDGED, "true"),
+    Row("evaluation.full_kl_prompts", JUDGED, "9", given="evaluation.full_kl=true"),
     Row("evaluation.include_path", RUNTIME, "mine", given=ASKED),  # what its tasks hold counts: Sources.tasks
     Row("evaluation.judge", GROUP),
     Row("evaluation.judge.base_url", RUNTIME, "http://elsewhere/v1", given=JUDGE),
@@ -251,7 +260,8 @@ def test_every_key_does_what_it_is_declared_to_do(row: Row, option: str) -> None
             changed = {name for name in new if name in old and new[name] != old[name]}
             judged = {name for name in new if re.search("/evaluate$|/benchmarks/|mt_bench/", name)}
             assert changed <= judged
-            assert all("/scores/heldout" in name or name in judged for name in new.keys() - old.keys())
+            read = ("/scores/heldout", "/answers/heldout-", "/divergence/")
+            assert all(any(part in name for part in read) or name in judged for name in new.keys() - old.keys())
 
 
 def test_alpha_is_a_shorthand() -> None:
@@ -293,7 +303,8 @@ def test_a_new_version_remakes_the_stages_of_its_kind_and_what_comes_after(
     spec: Any, model: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = ("dataset=jsonl", "dataset.path=x.jsonl", "dataset.generated=published")
-    settings = loaded((*model, *(published if spec.kind == "published" else ()), ASKED, *JUDGE.split()))
+    asked = (ASKED, "evaluation.full_kl=true", *JUDGE.split())
+    settings = loaded((*model, *(published if spec.kind == "published" else ()), *asked))
     stages, old = plan(settings, KNOWN), prints(settings)
     touched: set[str] = set()
     for stage in stages:  # in the order in which they are made

@@ -69,6 +69,18 @@ def test_batch_size_and_order_change_no_answer() -> None:
     assert together == alone == backwards
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_rows_of_many_lengths_that_come_and_go_bring_their_own_log_probs(build) -> None:  # type: ignore[no-untyped-def]
+    """Blocks of rows read different columns, and prompts come in behind what left; nothing of that may show."""
+    prompts = [[1 + (7 * i + j) % 4 for j in range(1 + i * 5 % 23)] for i in range(70)]
+    model, u = build(), points(70, 24)
+    answers = sampling.sample(model, prompts, u, ends=[END], temperature=1.0, top_p=1.0, batch_size=40)
+    with torch.no_grad():
+        plain = token_logprobs(model, collate(prompts, [a.ids for a in answers]))
+    for row, answer in zip(plain, answers, strict=True):
+        assert answer.logprobs == pytest.approx(row[: len(answer.ids)].tolist(), abs=5e-5)
+
+
 def test_an_end_token_stands_last_or_nowhere() -> None:
     answers = draw(llama(), PROMPTS * 10, points(len(PROMPTS) * 10, 6))
     assert {a.finish_reason for a in answers} == {"stop", "length"}
@@ -104,6 +116,22 @@ def test_pick_at_a_temperature_and_a_nucleus() -> None:
     assert share(temperature=1.0, top_p=0.81) == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=2e-3)
     squared = [v * v for v in p[0].tolist()]
     assert share(temperature=0.5, top_p=1.0) == pytest.approx([v / sum(squared) for v in squared], abs=2e-3)
+
+
+def test_at_temperature_0_the_likeliest_token_is_taken() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [-1.0, -2.0, -9.0], [0.0, math.nan, 1.0], [-math.inf] * 3])
+    drawn, logprob = sampling.pick(logits, torch.rand(4).double(), temperature=0, top_p=1.0)
+    assert drawn.tolist() == [1, 0, -1, -1] and logprob.tolist() == [0.0] * 4  # the first of equals, surely
+    model = llama()
+    greedy = [
+        sampling.sample(model, PROMPTS, points(len(PROMPTS), 6, seed), ends=[END], temperature=0, top_p=1.0)
+        for seed in (0, 1)
+    ]
+    assert greedy[0] == greedy[1]
+    for prompt, answer in zip(PROMPTS, greedy[0], strict=True):
+        for j, token in enumerate(answer.ids):
+            with torch.no_grad():
+                assert token == int(model(input_ids=torch.tensor([prompt + answer.ids[:j]])).logits[0, -1].argmax())
 
 
 def test_pick_never_leaves_the_vocabulary() -> None:

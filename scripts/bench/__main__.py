@@ -1,6 +1,6 @@
 """Measure an iteration of spin-reg against what people would use for it: transformers' `generate` and TRL's DPOTrainer.
 
-    python scripts/bench --quick                         a tiny random model; within five minutes on two cores
+    python scripts/bench --quick                         the embedded toy; within five minutes on two cores
     python scripts/bench --model FOLDER --data FILE.jsonl --prompts 64 --new-tokens 128 --batch 4 --repeats 3
 
 Every repeat runs both sides as whole child processes, in turns: ours then the peer, then the peer first. Ours is the
@@ -37,14 +37,14 @@ from arithmetic import Raw
 from measure import Bench
 from report import PACKAGES, report
 
-QUICK = {"prompts": 64, "new_tokens": 32, "batch": 8, "repeats": 3, "more_epochs": 4}
+QUICK = {"prompts": 512, "new_tokens": 32, "batch": 32, "repeats": 3, "more_epochs": 4}
 
 
 def arguments() -> argparse.Namespace:
     about = "Measure spin-reg against transformers' generate and TRL's DPOTrainer."
     parser = argparse.ArgumentParser(prog="python scripts/bench", description=about)
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: a tiny random Llama)")
-    parser.add_argument("--data", type=Path, help="a .jsonl file (default: small sums, made on the spot)")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder (default: the toy's iterate 0)")
+    parser.add_argument("--data", type=Path, help="a .jsonl file (default: the toy's prompts and answers)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast on both sides")
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32, help="the longest answer")
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--more-epochs", type=int, default=2, help="of the run that a step's time is from; 0: none")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
-    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--threads", type=int, default=children.cores())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gemm-seconds", type=float, default=0.5, help="of each matrix product probe")
     parser.add_argument(
@@ -68,31 +68,31 @@ def arguments() -> argparse.Namespace:
     args.micro = args.micro or args.batch
     if args.batch % args.micro:
         parser.error("--batch must be a multiple of --micro")
+    if (args.model is None) != (args.data is None) and not args.table:
+        parser.error("--model and --data go together; with neither, the embedded toy is measured")
     return args
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def sums(path: Path, count: int) -> None:
-    """So many prompts, all different, and their short answers, as .jsonl."""
-    pairs = [(i, 7 * i % 89) for i in range(count)]
-    rows = [{"prompt": f"{a} and {b}?", "response": f"{a} and {b} make {a + b}."} for a, b in pairs]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def toy(scratch: Path, threads: int) -> tuple[Path, Path]:
+    """The embedded toy made on the spot: its iterate 0, and its prompts and real answers as .jsonl."""
+    words = ["regularizer=none", "schedule.iterations=1", "schedule.epochs=1", "evaluation=none", "tracker=none"]
+    words += [f"hardware.threads={threads}", f"outputs={scratch}", "run_name=toy"]
+    children.run(["-m", "spin_reg", "train", *words], threads=threads, scratch=scratch)
+    path = scratch / "toy.jsonl"
+    children.run([str(children.HERE / "texts.py"), str(scratch / "toy"), str(path)], threads=1, scratch=scratch)
+    return scratch / "toy" / "iterate-00" / "model", path
 
 
 def options(args: argparse.Namespace) -> Raw:
     """What was asked for."""
-    made = {"model": args.model or "tiny random Llama", "data": args.data or "small sums"}
+    made = {"model": args.model or "the toy", "data": args.data or "the toy's"}
     return {name: str(value) if isinstance(value, Path) else value for name, value in (vars(args) | made).items()}
 
 
 def machine(args: argparse.Namespace) -> Raw:
     """What the numbers hang on: machine, versions, thread count, commit."""
     found: Raw = {"platform": platform.platform(), "python": platform.python_version(), "threads": args.threads}
-    found["cores"] = cores()
+    found["cores"] = children.cores()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         found["processor"] = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -125,11 +125,7 @@ def main() -> None:
     with TemporaryDirectory() as place, children.Gemm(args.threads, args.gemm_seconds) as gemm:
         scratch = Path(place)
         if args.model is None:
-            args.model = scratch / "tiny"
-            children.run([str(children.HERE / "tiny.py"), str(args.model)], threads=args.threads, scratch=scratch)
-        if args.data is None:
-            args.data = scratch / "sums.jsonl"
-            sums(args.data, args.prompts + 1)
+            args.model, args.data = toy(scratch, args.threads)
         args.model, args.data = args.model.resolve(), args.data.resolve()
         bench = Bench(args, scratch, gemm, arithmetic.shape(args.model))
         for number in range(args.repeats):

@@ -31,6 +31,11 @@ def environment(threads: int) -> dict[str, str]:
     return dict(os.environ) | own
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def run(words: Sequence[str], *, threads: int, scratch: Path, code: int = 0) -> Ended:
     """`python WORDS` as a child; it must end with this exit code."""
     told = scratch / "child.out"

@@ -15,7 +15,7 @@ BEGAN = time.perf_counter()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import resource  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager, nullcontext, suppress  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -26,6 +26,7 @@ import transformers  # noqa: E402
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from datasets.utils.logging import disable_progress_bar  # noqa: E402
+from draw import by_generate, ends_of  # noqa: E402
 
 COLUMNS = {"prompt_ids": "prompt_ids", "chosen_ids": "real_ids", "rejected_ids": "generated_ids"}
 REFERENCES = {"ref_chosen_logps": "reference_real_logprob", "ref_rejected_logps": "reference_generated_logprob"}
@@ -57,34 +58,6 @@ def resident() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-@torch.inference_mode()
-def sample(model: Any, prompts: Sequence[list[int]], batch: int, new_tokens: int, ends: set[int]) -> list[int]:
-    """Answer every prompt by `generate`; the tokens of each answer, its end included, in the order of the prompts."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    lengths = [0] * len(prompts)
-    for start in range(0, len(order), batch):
-        some = order[start : start + batch]
-        width = max(len(prompts[i]) for i in some)
-        ids = torch.zeros((len(some), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(some):
-            ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, width - len(prompts[i]) :] = 1
-        out = model.generate(
-            input_ids=ids.to(DEVICE),
-            attention_mask=mask.to(DEVICE),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=new_tokens,
-            pad_token_id=min(ends),
-        )
-        for i, answer in zip(some, out[:, width:].tolist(), strict=True):
-            lengths[i] = next((n for n, token in enumerate(answer, start=1) if token in ends), len(answer))
-    return lengths
 
 
 class OnIds(trl.DPOTrainer):  # type: ignore[misc]
@@ -156,10 +129,9 @@ def main() -> None:
     with part("load"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(DEVICE).eval()
-    named = model.generation_config.eos_token_id
-    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
+    ends = ends_of(model, tokenizer)
     with part("sampling"), torch.autocast(DEVICE, torch.bfloat16) if args.precision == "bf16" else nullcontext():
-        answers = sample(model, rows["prompt_ids"], args.sample_batch, args.new_tokens, ends)
+        answers = by_generate(model, rows["prompt_ids"], args.sample_batch, args.new_tokens, ends)
     clock = Clock()
     with part("build"):
         data = Dataset.from_dict({theirs: rows[ours] for theirs, ours in COLUMNS.items()})

@@ -11,9 +11,10 @@ from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.losses import LOSSES, log_ratio_difference
 from spin_reg.packing import Group, cut, sums
+from spin_reg.roles import generated_role, real_role
 from spin_reg.scorer import Scorer
 from spin_reg.settings import LengthNorm, Loss
-from spin_reg.specs import TrainSpec, generated_role, real_role
+from spin_reg.specs import TrainSpec
 from spin_reg.tables import Row
 
 TRAINED = [field.name for field in tables.PAIRS if field.name not in ("prompt", "real", "generated")]  # all but texts

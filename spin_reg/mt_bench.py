@@ -102,8 +102,8 @@ class Judge:
         ok = bool(self.modes) and len(set(self.modes)) == len(self.modes)
         check(ok, f"{key}.modes={[str(mode) for mode in self.modes]}: give single, pairwise or both, each once")
         self._check_address()
-        name = self.key_variable  # not echoed: somebody may have put the key itself there
-        ok = name is None or bool(re.fullmatch(r"[A-Za-z_]\w*", name) and redact.named_secret(name))
+        variable = self.key_variable  # not echoed: somebody may have put the key itself there
+        ok = variable is None or bool(re.fullmatch(r"[A-Za-z_]\w*", variable) and redact.named_secret(variable))
         message = f"give the name of an environment variable with one of {', '.join(redact.NAMES)} in it (so that its "
         check(ok, f"{key}.key_variable: {message}value is masked everywhere), or null where no key is needed")
         prices = self.price_in is not None and self.price_out is not None and self.longest is not None

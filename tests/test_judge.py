@@ -467,11 +467,11 @@ def test_only_pairs_need_the_opponent_and_a_base_is_no_opponent_of_itself() -> N
     assert other["mt_bench/questions"].fingerprint == stages["mt_bench/questions"].fingerprint
 
 
-def test_answers_are_the_models_own_turn_by_turn(train: Callable[..., Path]) -> None:
+def test_answers_are_the_models_own_turn_by_turn(train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a bare loop over the model: greedy at 0; and what others are asked changes no answer."""
     import torch
 
-    from spin_reg import iterates
+    from spin_reg import iterates, sampling
     from spin_reg.context import Context
     from spin_reg.policies import policy
     from spin_reg.settings import Hardware
@@ -483,9 +483,14 @@ def test_answers_are_the_models_own_turn_by_turn(train: Callable[..., Path]) -> 
     loaded_model = iterates.load(root / "iterate-01/model", how)
     spec = ConverseSpec(1, {"math": 0.0}, 0.7, 5, 3, how, Hardware())
     rows = [{**row, "question_id": str(row["question_id"])} for row in ASKED]
+    points: list[list[float]] = []
+    uniforms = sampling.uniforms
+    monkeypatch.setattr(sampling, "uniforms", lambda *key: points.append((made := uniforms(*key)).tolist()) or made)
     said = converse.converse(spec, loaded_model, rows, Context())
     text = "<|user|>1+1<|end|><|assistant|>" + said[1][0][0] + "<|end|><|user|>2+2<|end|><|assistant|>"
     ids = loaded_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert converse.prompt(loaded_model, rows[1], [said[1][0][0]]) == ids
+    assert len({tuple(numbers) for numbers in points}) == len(points) == 6  # each turn of each question has its own
     for _ in range(said[1][1][2]):
         with torch.no_grad():
             ids.append(int(loaded_model.model(torch.tensor([ids])).logits[0, -1].argmax()))

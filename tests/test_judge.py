@@ -133,7 +133,7 @@ def test_means_are_over_questions_and_errors_too() -> None:
     }.items():
         found = values[f"eval/mt_bench/{name}"], values[f"eval/mt_bench/{name}_se"]
         assert found == pytest.approx(brute(keep), rel=1e-12)
-    by_repeat = [brute(lambda s, r=r: s.repeat == r)[0] for r in (1, 2, 3)]  # type: ignore[misc]
+    by_repeat = [brute(lambda s, r=r: s.repeat == r)[0] for r in (1, 2, 3)]
     assert values["eval/mt_bench/score_repeat_sd"] == pytest.approx(stdev(by_repeat), rel=1e-12)
     assert "eval/mt_bench/score_repeat_sd" not in judging.summary(Mode.single, [s for s in made if s.repeat == 1])
     whole = [Score(s.question_id, s.category, s.turn, 1, 5.0 + s.turn) for s in made if s.repeat == 1]

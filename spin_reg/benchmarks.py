@@ -1,10 +1,11 @@
-"""The settings of evaluation with benchmarks: which tasks of lm-eval every iterate is judged by, and how."""
+"""The settings of evaluation: which tasks of lm-eval every iterate is judged by and how, and MT-Bench."""
 
 import re
 from dataclasses import dataclass, field
 
 from spin_reg import settings
 from spin_reg.exact import ExactMatch
+from spin_reg.mt_bench import Judge, MtBench, check_together
 from spin_reg.settings import MISSING, check, positive, runtime
 
 NAME = re.compile(r"\w[\w.+()-]*")  # a task's name is a word of lm-eval's command, and names a folder
@@ -37,7 +38,8 @@ class TaskFiles:
 
 @dataclass
 class Evaluation(settings.Evaluation):
-    """Whether iterates are judged, how many held-out samples are shown, and benchmarks through lm-eval (extra `eval`).
+    """Whether iterates are judged, how many held-out samples are shown, benchmarks through lm-eval (extra `eval`), and
+    MT-Bench with a judge (extra `judge`).
 
     `exact_match`: whether held-out answers come to the real result. `full_kl`: the KL to the base and to the previous
     iterate over the whole vocabulary, on the first `full_kl_prompts` held-out prompts; two models are in memory then.
@@ -54,6 +56,8 @@ class Evaluation(settings.Evaluation):
     apply_chat_template: bool = False
     limit: int | None = None
     benchmark_batch_size: int = runtime(8)
+    mt_bench: MtBench = field(default_factory=MtBench)
+    judge: Judge = field(default_factory=Judge)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,3 +79,4 @@ class Evaluation(settings.Evaluation):
             now = getattr(self, key)
             ok = bool(self.benchmarks) or now == value
             check(ok, f"evaluation.{key}={now}: without benchmarks it does nothing; set evaluation.benchmarks")
+        check_together(self.enabled, self.mt_bench, self.judge)

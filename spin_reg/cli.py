@@ -301,7 +301,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
 
 
 def _show_plan(cfg: Any) -> None:
-    from spin_reg import estimate, launch, space
+    from spin_reg import asking, estimate, launch, space
     from spin_reg.console import short
 
     planned = _planned(cfg)
@@ -314,8 +314,10 @@ def _show_plan(cfg: Any) -> None:
     print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
     if planned.stop is not None:
         print(f"  stopped {planned.stop.words()}")
-    tokens, memory = launch.estimates(planned)
+    tokens, memory, asked = launch.estimates(planned)
     print(f"  tokens: {tokens.words()}")
+    if asked.calls or asked.cached:
+        print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
     print(f"  memory: {memory.words(estimate.room())}")
     print(f"  time: {launch.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")

@@ -21,7 +21,7 @@ from spin_reg.plan import Stage
 from spin_reg.redact import redacted
 from spin_reg.results import Values
 from spin_reg.runner import State, Status
-from spin_reg.scoreboard import benchmarks_table
+from spin_reg.scoreboard import benchmarks_table, mt_bench_table
 
 COLUMNS = (
     *("heldout_nll", "exact_match", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous"),
@@ -138,9 +138,10 @@ def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None
         rest = details(planned.root, iterations, screen.console.width) if everything else []
         for shown in ("", table, "", *rest):
             screen.console.print(shown, markup=False)
-    benchmarks = benchmarks_table(planned.root, planned.stages)
-    if benchmarks is not None:
-        screen.console.print(benchmarks)
+    for judged in (benchmarks_table, mt_bench_table):
+        found = judged(planned.root, planned.stages)
+        if found is not None:
+            screen.console.print(found)
     place = short(planned.root)
     newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
     more = f"schedule.iterations={iterations + 2}"

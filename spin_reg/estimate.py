@@ -13,8 +13,10 @@ from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pret
 from spin_reg.space import BYTES, SLOTS, human
 from spin_reg.specs import (
     BenchmarkSpec,
+    ConverseSpec,
     DivergenceSpec,
     GenerateSpec,
+    JudgeSpec,
     PrepareSpec,
     ScoreSpec,
     SftSpec,
@@ -86,7 +88,7 @@ def pieces(stages: Sequence[Stage], rows: Mapping[Split, int]) -> list[Piece]:
             stage.name,
             stage.kind,
             stage.folder,
-            None if isinstance(stage.spec, BenchmarkSpec) else work([stage], rows).tokens,
+            None if isinstance(stage.spec, BenchmarkSpec | JudgeSpec) else work([stage], rows).tokens,
         )
         for stage in stages
     ]
@@ -105,6 +107,8 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
         if isinstance(spec, GenerateSpec):
             share = 1.0 if spec.draw is None else _share(spec.draw.samplers[-1], spec.k)
             drawn += round(rows[spec.split] * share) * spec.max_new_tokens
+        elif isinstance(spec, ConverseSpec):
+            drawn += spec.answers * spec.max_new_tokens
         elif isinstance(spec, ScoreSpec):
             some = rows[spec.split] if spec.first is None else min(spec.first, rows[spec.split])
             scored += _scored(stage, spec, some)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from spin_reg import opponents, policies
+from spin_reg import judges, opponents, policies
 from spin_reg.config import Config
 from spin_reg.corpora import Toy, published
 from spin_reg.opponents import Draw, Opponent, Pairs
@@ -289,9 +289,10 @@ class _Builder:
         self._add(f"iterate-{k:02d}/evaluate", spec, needs)
 
     def benchmarks(self, k: int) -> None:
-        """Iterate k judged by each task of lm-eval that the settings name."""
+        """Iterate k judged by each task of lm-eval that the settings name, and by MT-Bench."""
         for spec in policies.benchmarks(self.config, self.sources.tasks, k):
             self._add(f"iterate-{k:02d}/benchmarks/{spec.words}", spec, {"model": self.iterate(k)})
+        judges.plan(self.config, self.sources.mt_bench, k, self._add, self.iterate)
 
     def _matches(self, k: int) -> list[tuple[PairsSpec, dict[str, Stage]]]:
         """The entries of the cross-play matrix that iterate k adds, and what each needs: with `evaluation.crossplay`

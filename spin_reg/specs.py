@@ -7,9 +7,14 @@ from typing import Any, ClassVar
 
 from spin_reg.corpora import Dataset
 from spin_reg.exact import ExactMatch
+from spin_reg.judged import BenchmarkSpec as BenchmarkSpec
+from spin_reg.judged import ConverseSpec as ConverseSpec
+from spin_reg.judged import JudgeSpec as JudgeSpec
+from spin_reg.judged import QuestionsSpec as QuestionsSpec
+from spin_reg.kept import Kept as Kept
+from spin_reg.kept import Policy as Policy
 from spin_reg.opponents import Draw
 from spin_reg.settings import (
-    Dtype,
     Generation,
     Hardware,
     LengthNorm,
@@ -19,7 +24,6 @@ from spin_reg.settings import (
     Model,
     Optimizer,
     Pretrained,
-    Quantize,
     Sft,
     runtime,
 )
@@ -34,29 +38,6 @@ class Split(StrEnum):
     heldout = "heldout"
     retained_train = "retained_train"
     retained_heldout = "retained_heldout"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How an iterate's folder is loaded: the dtype on disk is the dtype in use."""
-
-    dtype: Dtype
-    attn_implementation: str | None
-    layout: tuple[int | None, ...] | None  # batch sizes, where arithmetic is so coarse that they change results
-    quantize: Quantize = Quantize.none
-    trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
-
-
-class Kept:
-    """How a finished stage is treated.
-
-    Attributes:
-        precious: damaged files are refused by name; those of other stages are made again.
-        remade: other settings or inputs make it anew; for other stages they are refused.
-    """
-
-    precious: ClassVar[bool] = False
-    remade: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -272,37 +253,6 @@ class DivergenceSpec(Kept):
     hardware: Hardware
 
 
-@dataclass(frozen=True)
-class BenchmarkSpec(Kept):
-    """Iterate k judged by one task of lm-eval, in a process of its own.
-
-    `files`: SHA-256 of the task's files. `local`: they are all on this machine, so no network is used.
-    """
-
-    kind: ClassVar[str] = "benchmark"
-    version: ClassVar[int] = 1
-    remade: ClassVar[bool] = True
-
-    k: int
-    task: str
-    num_fewshot: int | None
-    apply_chat_template: bool
-    limit: int | None
-    files: str | None
-    dtype: Dtype
-    attn_implementation: str | None
-    trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
-    local: bool = runtime(False)
-    include_path: str | None = runtime(None)
-    batch_size: int = runtime(8)
-
-    @property
-    def words(self) -> str:
-        """The task and how it is given, as a folder's name: another way lies in another folder."""
-        shots = "" if self.num_fewshot is None else f"-{self.num_fewshot}shot"
-        return self.task + shots + "-chat" * self.apply_chat_template + (f"-first{self.limit}" if self.limit else "")
-
-
 AnswersSpec = GenerateSpec | PublishedSpec
-Judged = EvaluateSpec | DivergenceSpec | BenchmarkSpec
-Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | Judged
+Judged = EvaluateSpec | DivergenceSpec | BenchmarkSpec | ConverseSpec | JudgeSpec
+Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | Judged | QuestionsSpec

@@ -56,6 +56,16 @@ SCORES = pa.schema(
         ("token_logprobs", pa.list_(pa.float32())),  # of held-out answers only, else null
     ]
 )
+CONVERSATIONS = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("category", pa.string()),
+        ("temperature", pa.float64()),
+        ("answers", pa.list_(pa.string())),  # one a turn, as the next two
+        ("finish_reasons", pa.list_(pa.string())),
+        ("tokens", pa.list_(pa.int32())),
+    ]
+)
 DIVERGENCES = pa.schema([("example_id", pa.string()), ("kl", pa.float64())])
 PAIRS = pa.schema(
     [

@@ -14,6 +14,9 @@ GROUND = {
     "schedules",
     "metrics",
     "opponents",
+    "kept",
+    "judged",
+    "mt_bench",
     "regularizers",
     "settings",
     "corpora",
@@ -51,7 +54,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "diagnostics", "join", "branches", "columns", "scorer", "selfcheck", "harness"},
+        | {"checkpoint", "fit", "diagnostics", "join", "branches", "columns", "scorer", "selfcheck", "harness"}
+        | {"questions", "judging", "asking", "replies"},
         {
             "torch",
             "numpy",
@@ -66,6 +70,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "huggingface_hub",
             "jinja2",
             "yaml",
+            "httpx2",
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
@@ -74,6 +79,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "plan",
             "stage",
             "policies",
+            "judges",
             "pace",
             "origins",
             "versions",

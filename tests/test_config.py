@@ -23,6 +23,7 @@ OPTIONS = sorted(
     str(p.relative_to(CONF).with_suffix("")) for g in [*GROUPS, "experiment"] for p in CONF.glob(f"{g}/*.yaml")
 )
 MUST_GIVE = {
+    "evaluation/mt_bench": ["evaluation.judge.model=m", "evaluation.judge.base_url=http://h/v1"],
     "model/pretrained": ["model.name_or_path=x"],
     "dataset/jsonl": ["dataset.path=x.jsonl"],
     "dataset/hub": ["dataset.path=a/b"],

@@ -9,30 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, stopping
+from spin_reg import __version__, manual, stopping, verbs
 from spin_reg.errors import ConfigError, SpinRegError, Stopped
 from spin_reg.redact import redacted
-
-USAGE = """\
-spin-reg: regularized self-play fine-tuning of language models, the whole loop in one command.
-
-  spin-reg train [key=value ...]    generate, score, train, evaluate, iteration after iteration; the same
-                                    command again goes on where it stopped
-  spin-reg plan [key=value ...]     the same plan, printed: what is done, what is to do, and why; runs nothing
-  spin-reg resume RUN [key=value]   go on with the run in this folder
-  spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
-  spin-reg export RUN --to FOLDER   an iterate as a Hugging Face folder, an adapter merged [--iterate K]
-  spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
-  spin-reg status [DIR]             the runs in a folder (default: outputs) and how far they are
-  spin-reg gc [DIR] [--yes]         what nothing needs any more, by name and size; --yes removes it
-
-  spin-reg train --help             every group and every setting
-  spin-reg train --cfg job          the composed configuration
-  spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value
-  eval "$(spin-reg -sc install=bash)"    shell completion (also zsh, fish)
-
-Try it:  spin-reg train regularizer=kl alpha=0.5     (two minutes on a laptop, no network)
-"""
 
 
 def conf_dir() -> Path:
@@ -67,11 +46,12 @@ def _report(error: SpinRegError) -> int:
 
 def _dispatch(program: str, words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        asked = [word for word in words[1:] if word in verbs.TABLE]
+        print(manual.page(asked[0]) if asked else manual.overview(), end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "export", "sync", "status", "gc") and {"-h", "--help"} & set(rest):
-        print(USAGE, end="")
+    if verb in verbs.TABLE and not verbs.TABLE[verb].composed and {"-h", "--help"} & set(rest):
+        print(manual.page(verb), end="")
         return 0
     if verb == "--version":
         print(__version__)
@@ -106,7 +86,7 @@ def _train(program: str, words: list[str]) -> int:
 
 
 def _plan(program: str, words: list[str]) -> int:
-    return _compose(program, words, _show_plan)
+    return _compose(program, words, _show_plan, verb="plan")
 
 
 def _resume(program: str, words: list[str]) -> int:
@@ -120,9 +100,9 @@ def _evaluate(program: str, words: list[str]) -> int:
 
     task = partial(_run, only_evaluate=True)
     if not words or words[0].startswith("-") or "=" in words[0]:
-        return _compose(program, words, task)
+        return _compose(program, words, task, verb="evaluate")
     switched_off = [word for word in words_of("evaluate", words) if word != "evaluation=none" or word in words]
-    return _compose(program, switched_off, task)
+    return _compose(program, switched_off, task, verb="evaluate")
 
 
 def _sync(program: str, words: list[str]) -> int:
@@ -153,8 +133,9 @@ def _export(program: str, words: list[str]) -> int:
     from spin_reg import export
     from spin_reg.runs import words_of
 
-    given = export.arguments(words)  # before the process moves to where the run began
-    return _compose(program, words_of("export", [given.run]), partial(export.task, k=given.iterate, to=given.to))
+    given = manual.parsed("export", words)
+    to = given.to.expanduser().resolve()  # before the process moves to where the run began
+    return _compose(program, words_of("export", [given.run]), partial(export.task, k=given.iterate, to=to))
 
 
 def _gc(program: str, words: list[str]) -> int:
@@ -182,15 +163,15 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
 }
 
 
-def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
-    """Hand the words to Hydra; its errors come back as ours."""
+def _compose(program: str, words: list[str], task: Callable[[Any], Any], verb: str = "train") -> int:
+    """Hand the words to Hydra; its errors come back as ours. `verb`: whose page --help begins with."""
     import hydra
 
     from spin_reg import config, overrides
     from spin_reg.runs import quoted
 
     config.register()
-    overrides.register_help(conf_dir())
+    overrides.register_help(conf_dir(), verb)
     overrides.check(words)
     sys.argv = [program, *words]
     shown = os.environ.get("HYDRA_FULL_ERROR")

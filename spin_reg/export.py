@@ -1,7 +1,5 @@
 """The verb `export`: an iterate as an ordinary Hugging Face folder, an adapter merged into its base."""
 
-import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,30 +9,6 @@ from spin_reg.config import Config
 from spin_reg.errors import ConfigError
 from spin_reg.policies import policy
 from spin_reg.settings import Quantize
-
-USAGE = "spin-reg export RUN [--iterate K] --to FOLDER"
-
-
-class _Words(argparse.ArgumentParser):
-    """argparse with errors of ours."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError("export does not take this.", where="spin-reg export", why=message, todo=USAGE)
-
-
-def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """run, iterate (None: the last one) and to.
-
-    Raises:
-        ConfigError: other words than these.
-    """
-    parser = _Words(prog="spin-reg export", usage=USAGE, description=__doc__)
-    parser.add_argument("run", help="the run's folder")
-    parser.add_argument("--iterate", type=int, help="which one; 0 is the base (default: the last that is finished)")
-    parser.add_argument("--to", type=Path, required=True, help="a folder that is not there yet")
-    given = parser.parse_args(list(words))
-    given.to = given.to.expanduser().resolve()
-    return given
 
 
 def task(cfg: Any, *, k: int | None, to: Path) -> None:

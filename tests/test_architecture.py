@@ -24,6 +24,8 @@ GROUND = {
     "stopping",
     "child",
     "usage",
+    "verbs",
+    "manual",
 }
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),

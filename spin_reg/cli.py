@@ -134,8 +134,20 @@ def _export(program: str, words: list[str]) -> int:
     from spin_reg.runs import words_of
 
     given = manual.parsed("export", words)
-    to = given.to.expanduser().resolve()  # before the process moves to where the run began
-    return _compose(program, words_of("export", [given.run]), partial(export.task, k=given.iterate, to=to))
+    given.to = given.to.expanduser().resolve()  # before the process moves to where the run began
+    given.format = given.format or export.MODEL
+    export.check(given)
+    return _compose(program, words_of("export", [given.run]), partial(export.task, given=given))
+
+
+def _sample(program: str, words: list[str]) -> int:
+    from spin_reg import sample
+    from spin_reg.runs import words_of
+
+    given = manual.parsed("sample", words)
+    sample.check(given)
+    asked = sample.prompts(given)  # before the process moves to where the run began
+    return _compose(program, words_of("sample", [given.run]), partial(sample.task, given=given, asked=asked))
 
 
 def _gc(program: str, words: list[str]) -> int:
@@ -157,6 +169,7 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "export": _export,
+    "sample": _sample,
     "sync": _sync,
     "status": _status,
     "gc": _gc,

@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from spin_reg.metrics import HEALTHY
+
 
 class Kind(StrEnum):
     """What a word stands for, and so what a shell may offer in its place."""
@@ -73,7 +75,10 @@ class Verb:
     exits: tuple[int, ...] = (0, 1, 2)
 
 
+METRICS = tuple(name.removeprefix("eval/") for name in HEALTHY)
+NAMED = ("best", "last", "base")  # an iterate that is no number
 RUN = Word("RUN", "the folder of a run, as outputs/NAME", kind=Kind.run)
+BY = Word("--by", "the metric of `best` (default: eval/heldout_nll)", "METRIC", offers=METRICS)
 SWEEP = Word("-m", "a sweep: a run for every combination of the values given with commas")
 JOB = Word("--cfg", "print the composed settings and run nothing", "job", choices=("job", "hydra", "all"))
 RUNNING = (0, 1, 2, 3, 4, 5, 6, 75)
@@ -133,14 +138,60 @@ TABLE: dict[str, Verb] = {
         exits=RUNNING,
     ),
     "export": Verb(
-        "an iterate as an ordinary Hugging Face folder, an adapter merged into its base",
-        words=(
+        "an iterate as an ordinary Hugging Face folder with its model card, or an iteration's pairs for other tools",
+        "hf: weights, tokenizer and README.md, an adapter merged into its base. trl: the pairs as prompt, chosen, "
+        "rejected, their token ids, and the log-probs of the reference. spin: the pairs as real and generated "
+        "conversations, as SPIN's authors published theirs. Nothing is overwritten.",
+        (
             RUN,
             Word("--to", "a folder that is not there yet", "FOLDER", kind=Kind.folder, read=Path, needed=True),
-            Word("--iterate", "which one; 0 is the base (default: the last that is finished)", "K", read=int),
+            Word("--format", "hf, trl or spin (default: hf)", "NAME", choices=("hf", "trl", "spin")),
+            Word("--iterate", "best, last, base or a number (default: last)", "NAME", offers=NAMED),
+            BY,
+            Word("--iteration", "whose pairs, for trl and spin (default: the last)", "T", read=int),
+            Word("--license", "the identifier for the card (default: what the base's own card says)", "ID"),
+            Word("--push-to-hub", "upload it too; HF_TOKEN or a login gives the token", "OWNER/NAME"),
+            Word("--public", "with --push-to-hub: a new repository is public, not private"),
         ),
-        examples=(("spin-reg export outputs/RUN --to my-model", "the last iterate"),),
-        exits=(0, 1, 2, 6),
+        examples=(
+            ("spin-reg export outputs/RUN --to my-model", "the last iterate"),
+            ("spin-reg export outputs/RUN --iterate best --by kl_data --to my-model", "the best by a metric"),
+            ("spin-reg export outputs/RUN --to my-model --push-to-hub ME/my-model", "and upload it, private"),
+            ("spin-reg export outputs/RUN --format trl --iteration 0 --to pairs", "for TRL's DPOTrainer"),
+        ),
+        exits=(0, 1, 2, 3, 6),
+    ),
+    "sample": Verb(
+        "what an iterate answers to prompts of your own, or several of them side by side",
+        "Rendered with the run's chat template and drawn with its temperature, top-p and length unless others are "
+        "given; the same seed and prompt give the same answer, on one machine. Without --prompt and --prompts what is "
+        "piped in is one prompt. One answer alone is printed as it is, so that it can be piped on.",
+        (
+            RUN,
+            Word("--prompt", "what is asked, once or often; - reads it from standard input", "TEXT", many=True),
+            Word("--prompts", "a file with a prompt a row (prompt, or messages)", "FILE.jsonl", kind=Kind.file),
+            Word("--system", "a system message (default: the run's dataset.system_prompt, if any)", "TEXT"),
+            Word(
+                "--iterate",
+                "best, last, base or a number, given twice for two side by side (default: last)",
+                "NAME",
+                offers=NAMED,
+                many=True,
+            ),
+            BY,
+            Word("--temperature", "0 takes the likeliest token each time (default: the run's)", "X", read=float),
+            Word("--top-p", "the mass of likely tokens that is drawn from (default: the run's)", "X", read=float),
+            Word("--max-new-tokens", "tokens of the longest answer (default: the run's)", "N", read=int),
+            Word("--seed", "of the draws (default: 0)", "N", read=int),
+            Word("--json", "a JSON object a line: iterate, prompt, answer, token ids, finish_reason"),
+        ),
+        examples=(
+            ("spin-reg sample outputs/RUN --prompt A1", "the last iterate of a toy run"),
+            ("spin-reg sample outputs/RUN --iterate base --iterate best --prompt Hello", "two side by side"),
+            ("echo Hello | spin-reg sample outputs/RUN --temperature 0", "a prompt that is piped in"),
+            ("spin-reg sample outputs/RUN --prompts mine.jsonl --json > answers.jsonl", "for a script"),
+        ),
+        exits=(0, 1, 2, 3, 5),
     ),
     "sync": Verb(
         "send the metrics of a run to its tracker, or to another",

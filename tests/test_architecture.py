@@ -51,7 +51,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness"},
+        | {"checkpoint", "fit", "diagnostics", "join", "branches", "scorer", "selfcheck", "harness", "asking"},
         {
             "torch",
             "numpy",
@@ -71,11 +71,12 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),
     (
         {"plan", "stage", "policies", "pace", "origins", "versions", "rundir", "runner", "launch", "space", "estimate"}
-        | {"runlog", "results", "tracking"},
+        | {"runlog", "results", "tracking", "named"},
         {"filelock", "wandb", "accelerate"},
     ),
     (
-        {"cli", "console", "scoreboard", "overrides", "runs", "export", "vetting", "status"},
+        {"cli", "console", "scoreboard", "overrides", "runs", "export", "card", "handover", "sample", "completion"}
+        | {"vetting", "status"},
         {"hydra", "rich", "omegaconf", "yaml"},
     ),
 ]

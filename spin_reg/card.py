@@ -68,7 +68,7 @@ def of_iterate(settings: Config, root: Path, iterate: Named, *, name: str, licen
         f"## How to load\n\n{_loading(settings, name)}",
         f"## What was measured\n\n{_measured(root, iterate.k)}",
         f"## How it was trained\n\n{_recipe(settings, iterate.k)}",
-        f"## Data\n\n{_data(settings, root)}",
+        f"## Data\n\nIt was trained on {_data(settings, root)}",
         f"## Settings\n\n{_settings(settings, root)}",
         "## License\n\n" + _license_words(license, found),
     ]
@@ -81,7 +81,7 @@ def of_pairs(settings: Config, root: Path, t: int, *, name: str, license: str | 
     front = _front(head | {"configs": [{"config_name": "default", "data_files": "data/train-*.parquet"}]})
     said = (
         f"What iteration {t} of the run `{root.name}` trained on: real answers, and those of the policies it played "
-        f"against. {_data(settings, root)} Made with spin-reg {__version__}."
+        f"against. Data: {_data(settings, root)} Made with spin-reg {__version__}."
     )
     table = _table(("t", "answers from", "log r(y)", *RATES), [_iteration(settings, t)])
     parts = [front, f"# {name}", said, table, f"## Columns\n\n{columns}", f"## Use\n\n{use}"]
@@ -156,6 +156,7 @@ def _trained(k: int) -> str:
 def _loading(settings: Config, name: str) -> str:
     own = settings.generation
     longest = own.max_new_tokens or settings.dataset.max_response_tokens
+    asked = "A1" if isinstance(settings.dataset, corpora.Toy) else "Who are you?"
     return f"""\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -163,7 +164,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 name = {json.dumps(name)}  # the folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-prompt = [{{"role": "user", "content": "A1"}}]
+prompt = [{{"role": "user", "content": {json.dumps(asked)}}}]
 asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 drawn = model.generate(
     **asked, do_sample=True, temperature={own.temperature}, top_p={own.top_p}, top_k=0, max_new_tokens={longest}
@@ -213,12 +214,12 @@ def _recipe(settings: Config, k: int) -> str:
         return "It is the base: self-play begins with it."
     from spin_reg.losses import LOSSES
 
-    loss = (LOSSES[settings.loss.name.value].__doc__ or "").partition("\n")[0]
+    loss = (LOSSES[settings.loss.name.value].__doc__ or "").partition("\n")[0].partition(":")[0].rstrip(".")
     mean = settings.loss.length_norm.value == "mean"
     each = ", each log-ratio divided by its answer's number of tokens" if mean else ""
     return f"""\
 {PAPERS}: the policy is trained on SFT data to tell real answers y from those y' that earlier iterates
-gave to the same prompts x. pi_0 is the base, and iteration t makes pi_(t+1) out of pi_t by minimising, over pairs (y, y'), the
+gave to the same prompts x. pi_0 is the base. Iteration t makes pi_(t+1) out of pi_t over pairs (y, y'): it minimises the
 {settings.loss.name.value} loss of z = beta Delta: {loss}
 
     Delta = (log pi(y|x) - log r(y|x)) - (log pi(y'|x) - log r(y'|x))
@@ -236,9 +237,9 @@ def _data(settings: Config, root: Path) -> str:
     saved = rundir.provenance(root) or {}
     (pins,) = (saved.get("sources", {}).get("data") or {"sha256": [None]})["sha256"]
     if not isinstance(data, corpora.Corpus):
-        return f"Data: the toy language of spin-reg (no text of people), grammar and draws by seed {data.seed}."
+        return f"the toy language of spin-reg (no text of people), grammar and draws by seed {data.seed}."
     listed = zip(corpora.parts(data), str(pins).split(","), strict=False)
-    return "Data: " + "; ".join(_part(part, pin) for part, pin in listed) + "."
+    return "; ".join(_part(part, pin) for part, pin in listed) + "."
 
 
 def _part(part: Any, pin: str) -> str:

@@ -58,6 +58,11 @@ def _dispatch(program: str, words: list[str]) -> int:
         return 0
     if verb in ("-sc", "--shell-completion"):
         return _complete(program, words)
+    if verb == "--completion":
+        from spin_reg import completion
+
+        print(completion.script(rest), end="")
+        return 0
     if verb not in VERBS:
         from difflib import get_close_matches
 
@@ -68,16 +73,15 @@ def _dispatch(program: str, words: list[str]) -> int:
 
 
 def _complete(program: str, words: list[str]) -> int:
-    """Shell completion: ours for the verb, then Hydra's, which must not see the verb."""
+    """What a shell asks at the cursor: ours for verbs, options, folders; for settings Hydra's, which sees no verb."""
+    from spin_reg import completion
+
     line = os.environ.get("COMP_LINE", "")
-    typed = line.split()
-    if len(typed) > 2 or (len(typed) == 2 and line.endswith(" ")):
-        if typed[1] not in ("train", "plan"):
+    if line:
+        found, os.environ["COMP_LINE"] = completion.offers(line)
+        if found is not None:
+            print("\n".join(found))
             return 0
-        os.environ["COMP_LINE"] = line.replace(f" {typed[1]} ", " ", 1)
-    elif line:
-        print(" ".join(VERBS))
-        return 0
     return _compose(program, words, lambda cfg: None)
 
 

@@ -214,14 +214,14 @@ trainer.precompute_ref_logps = True  # read ref_chosen_logps and ref_rejected_lo
 trainer.train()
 ```
 
-Or give the rows to `DPOTrainer` as they are: it then tokenises the text, and its reference is the model it begins with."""
+Or give the rows to `DPOTrainer` as they are: it then tokenises the text, and its reference is the model it is given."""
 
 
 def _spin_columns(count: _Count) -> str:
     return f"""\
 - `real`: the conversation, the real answer at its end, as messages with `role` and `content`.
 - `generated`: the same with the generated answer in its place. Of {count.same} of the {count.rows} rows the text
-  renders to the ids that were trained on (a cut-off answer reads as one that ended; what is no text cannot be written)."""
+  renders to the ids that were trained on (a cut-off answer reads as one that ended; what is no text is lost)."""
 
 
 def _spin_use(name: str) -> str:

@@ -23,7 +23,7 @@ VERBS
 HELP
   spin-reg VERB --help              what it takes, with examples and exit codes
   spin-reg train --help             every group and every setting too
-  eval "$(spin-reg -sc install=bash)"    shell completion
+  eval "$(spin-reg --completion bash)"    completion of words, also zsh; spin-reg --completion fish | source
   spin-reg --version
 
 Try it:  spin-reg train regularizer=kl alpha=0.5     (a minute on a laptop, no network)

@@ -29,6 +29,8 @@ GROUND = {
     "stopping",
     "child",
     "usage",
+    "verbs",
+    "manual",
 }
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),
@@ -54,7 +56,18 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "adapters",
             "sampling",
         }
-        | {"checkpoint", "fit", "diagnostics", "join", "branches", "columns", "scorer", "selfcheck", "harness"}
+        | {
+            "checkpoint",
+            "fit",
+            "diagnostics",
+            "join",
+            "branches",
+            "columns",
+            "scorer",
+            "selfcheck",
+            "harness",
+            "answering",
+        }
         | {"questions", "judging", "asking", "replies"},
         {
             "torch",
@@ -91,7 +104,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "space",
             "estimate",
         }
-        | {"runlog", "results", "tracking", "groups"},
+        | {"named", "runlog", "results", "tracking", "groups"},
         {"filelock", "wandb", "accelerate"},
     ),
     (
@@ -109,6 +122,10 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "listing",
             "sweeps",
             "points",
+            "card",
+            "handover",
+            "sample",
+            "completion",
             "report",
         },
         {"hydra", "rich", "omegaconf", "yaml", "jinja2", "resvg_py"},
@@ -168,7 +185,7 @@ def test_imports_go_down_the_floors(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_module_is_long_and_no_function(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 320
+    assert len(text.splitlines()) <= 340
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno <= 66, f"{path.name}: {node.name}"

@@ -53,7 +53,7 @@ def test_every_option_composes_and_loads(option: str) -> None:
 def test_no_schema_shows_up_as_a_choice(command: Command) -> None:
     help_text = command("train", "--help").out
     assert "regularizer: base, fictitious_play, kl, mixture_of_two, none" in help_text
-    assert "schema/regularizer" not in help_text.split("Settings")[0]
+    assert "schema/regularizer" not in help_text.split("SETTINGS")[0]
 
 
 def test_same_settings_same_folder() -> None:

@@ -1,6 +1,5 @@
 """The words of `spin-reg report`, and what `train` calls when it is done."""
 
-import argparse
 import logging
 import shlex
 import sys
@@ -8,16 +7,15 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from spin_reg import durable, runlog
+from spin_reg import durable, manual, runlog
 from spin_reg.console import short
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.metrics import HEALTHY
 from spin_reg.report import figures, gather, page, story
 from spin_reg.report.sheets import PAGE
 
-USAGE = "spin-reg report DIR... [--to FILE.html] [--metric NAME] [--png]"
+USAGE = manual.usage("report")
 FIGURES = "figures"
 log = logging.getLogger(__name__)
 
@@ -33,27 +31,6 @@ class Made:
 
     def words(self) -> str:
         return f"report   {short(self.page)}"
-
-
-class _Words(argparse.ArgumentParser):
-    """argparse with errors of ours."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError("report does not take this.", where="spin-reg report", why=message, todo=USAGE)
-
-
-def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """folders, to, metric and png.
-
-    Raises:
-        ConfigError: other words than these.
-    """
-    parser = _Words(prog="spin-reg report", usage=USAGE, description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="runs, or folders that hold runs")
-    parser.add_argument("--to", type=Path, help="the page (default: report.html in DIR, or in what holds them all)")
-    parser.add_argument("--metric", help="what iterates are judged by (default: KL from the data, else held-out NLL)")
-    parser.add_argument("--png", action="store_true", help="the figures as PNG too (extra `figures`)")
-    return parser.parse_args(list(words))
 
 
 def report(folders: Sequence[Path], *, to: Path | None = None, metric: str | None = None, png: bool = False) -> Made:
@@ -107,8 +84,10 @@ def place(folders: Sequence[Path]) -> Path:
 
 def main(words: Sequence[str]) -> Sequence[SpinRegError]:
     """The verb: write the page and say where it is. The runs that could not be read are handed back, to be told."""
-    given = arguments(words)
-    made = report(given.folders, to=given.to, metric=given.metric, png=given.png)
+    given = manual.parsed("report", words)
+    made = report(
+        [Path(folder) for folder in given.dir], to=given.to and Path(given.to), metric=given.metric, png=given.png
+    )
     print(made.words())
     if made.count:
         print(f"figures  {short(made.figures)} ({made.count})")

@@ -202,10 +202,10 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "export": _export,
     "sample": _sample,
     "sync": _sync,
-    "report": _page,
     "status": _status,
     "ls": _ls,
     "compare": _compare,
+    "report": _page,
     "gc": _gc,
 }
 

@@ -17,6 +17,7 @@ from spin_reg.errors import ConfigError
 from spin_reg.groups import Run, Spread
 from spin_reg.launch import CONFIG
 
+SAMPLES = 3  # prompts
 OWN = ("run_name", "outputs", "alpha")  # where a run lies, not how it was made; what regularizer.alpha says too
 
 
@@ -38,6 +39,7 @@ def main(words: Sequence[str]) -> int:
         ConfigError: a side is no run, or runs that differ in more than the seed. DamagedError: a run is damaged.
     """
     given = manual.parsed("compare", words)
+    count = SAMPLES if given.samples is None else given.samples
     a, b = side(given.a), side(given.b)
     settings, rows = apart(a, b), compared(a, b, _names(a, b, given.metric or [], everything=given.all))
     k, seed, answers = samples(a, b, given.iterate)
@@ -49,12 +51,9 @@ def main(words: Sequence[str]) -> int:
         sheet.show("", ("setting", "A", "B"), [[key, *values] for key, values in settings.items()])
     sheet.part(f"metrics   A: {_seeds(a)}   B: {_seeds(b)}")
     sheet.show("", ("metric", "iterate", "A", "B", "B - A", "n"), [_cells(row) for row in rows], right=RIGHT)
-    if (3 if given.samples is None else given.samples) and answers:
+    if count and answers:
         sheet.part(f"samples   iterate {k}, seed {seed}")
-        listed = [
-            [row[key] for key in ("prompt", "real", "a", "b")]
-            for row in answers[: (3 if given.samples is None else given.samples)]
-        ]
+        listed = [[row[key] for key in ("prompt", "real", "a", "b")] for row in answers[:count]]
         sheet.show("", ("prompt", "real", "A", "B"), listed)
     return 0
 

@@ -131,6 +131,7 @@ def test_one_base_in_memory_while_iterates_change(made: Path, monkeypatch: pytes
     iterates.forget()
 
 
+@pytest.mark.slow
 def test_equal_runs_make_equal_adapters(base: Path, made: Path, command: Command, tmp_path: Path) -> None:
     more = ["regularizer=fictitious_play", "schedule.iterations=1"]
     for name, extra in (("a", []), ("b", ["seed=1"])):

@@ -128,7 +128,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "completion",
             "report",
         },
-        {"hydra", "rich", "omegaconf", "yaml", "jinja2", "resvg_py"},
+        {"hydra", "rich", "omegaconf", "yaml", "jinja2", "resvg_py", "pyarrow"},
     ),
 ]
 LATE_ONLY = {

@@ -147,6 +147,7 @@ def sweep(rows: dict[Split, int], *words: str) -> float:
     return tokens(list(once.values()), rows) / sum(tokens(run, rows) for run in runs)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_five_alphas_is_at_most_60_percent_of_five_runs() -> None:
     """The default toy: SFT and iteration 0 are made once, and iterate 1 answers and scores once."""
     rows = {Split.train: 1024, Split.retained_train: 1024, Split.heldout: 512, Split.retained_heldout: 512}

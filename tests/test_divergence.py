@@ -71,6 +71,7 @@ def test_its_mean_over_own_answers_is_the_kl_of_the_sequences() -> None:
     assert abs(sampled["x"] - kl) < 4 * sampled["x_se"]
 
 
+@pytest.mark.slow
 def test_it_is_reported_beside_k3_on_a_finished_run(train: Callable[..., Path], command: Command) -> None:
     root = train("dataset.num_heldout=48")
     result = command("evaluate", str(root), "evaluation.full_kl=true", "evaluation.full_kl_prompts=40")

@@ -56,6 +56,12 @@ def test_nothing_is_made_for_an_opponent(arms: tuple[Path, Path]) -> None:
     assert not list(alone.rglob("selfcheck.json"))
 
 
+def test_a_page_tells_of_both_arms(arms: tuple[Path, Path]) -> None:
+    for root in arms:
+        assert (root / "report.html").exists()
+    assert all(name in (arms[0].parent / "report.html").read_text() for name in ("sft", "none"))
+
+
 def test_the_plan_shows_it(command: Command, tmp_path: Path) -> None:
     result = command("plan", *SMALL, "loss=sft", f"outputs={tmp_path / 'o'}")
     stages = [line.split()[1] for line in result.out.splitlines() if line.startswith("  todo")]

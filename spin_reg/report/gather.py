@@ -220,7 +220,7 @@ def _played(root: Path, t: int, steps: Sequence[Step], seconds: Mapping[str, flo
         t=t,
         made=trained is not None,
         answers=_sampler(spec, paired),
-        reference=compared(opponents.from_json(spec["reference"])) if "reference" in spec else "",
+        reference=compared(opponents.from_json(spec["reference"])) if spec.get("reference") is not None else "",
         settings={key: spec[key] for key in ("beta", "learning_rate", "epochs") if key in spec},
         steps=max((step.step for step in steps if step.iteration == t), default=0),
         seconds=seconds.get(f"iteration-{t:02d}/train"),

@@ -14,6 +14,11 @@ SEED, CHOICE, ALPHA = "seed", "regularizer._choice", "regularizer.alpha"
 Settings = Mapping[str, Any]
 
 
+def kind(settings: Mapping[str, Any]) -> str:
+    """The regularizer's name; of a loss without an opponent, the loss's."""
+    return str(settings.get(CHOICE) or settings["loss.name"])
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs by seed, and what sets them apart from the other groups on the page."""
@@ -27,7 +32,7 @@ class Group:
 
     @property
     def regularizer(self) -> str:
-        return str(self.settings[CHOICE])
+        return kind(self.settings)
 
     @property
     def alpha(self) -> float | None:
@@ -93,8 +98,8 @@ def label(settings: Sequence[Settings]) -> list[str]:
     """Short names that differ where settings do: the regularizer, its alpha, then every other setting that varies."""
     made = []
     for mine in settings:
-        same = [other for other in settings if other[CHOICE] == mine[CHOICE]]
-        words = [str(mine[CHOICE]) + (f" {_short(mine[ALPHA])}" if ALPHA in mine else "")]
+        same = [other for other in settings if kind(other) == kind(mine)]
+        words = [kind(mine) + (f" {_short(mine[ALPHA])}" if ALPHA in mine else "")]
         for key in mine:
             beside = same if key.startswith("regularizer.") else settings
             if key not in (SEED, CHOICE, ALPHA) and len({canonical(other.get(key)) for other in beside}) > 1:

@@ -21,7 +21,7 @@ def curves(outputs: Path, iterations: int, metric: str) -> Curves:
         settings = json.loads(path.read_text())["settings"]
         files = sorted(path.parent.glob("iterate-??/evaluate/metrics.json"))
         if len(files) == iterations + 1:
-            name = settings["regularizer._choice"]
+            name = settings.get("regularizer._choice", settings["loss.name"])  # sft has no opponent
             name += f" {settings['regularizer.alpha'][0]:g}" if name == "kl" else ""
             found[name][settings["seed"]] = [json.loads(file.read_text())[metric] for file in files]
     return {name: [seeds[seed] for seed in sorted(seeds)] for name, seeds in sorted(found.items())}

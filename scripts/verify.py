@@ -5,7 +5,8 @@
 
 Reads pairs.parquet and the saved iterates only (and run.json for the settings), scores one unpadded row at a time with
 full logits, mixes the reference with formulas written here, and compares: every reference log-prob, and the first
-step's loss and margin of every iteration with what training logged. Shares no code with the package.
+step's loss and margin of every iteration with what training logged. Of loss=sft, which has no pairs, it compares the
+first step's loss alone, from the real answers in data/train.parquet. Shares no code with the package.
 """
 
 import argparse
@@ -82,7 +83,8 @@ def loss_of(settings: dict[str, Any], delta: float, beta: float) -> float:
 
 
 def order_key(seed: int, t: int, row: dict[str, Any]) -> str:
-    key = [seed, "order", t, 0, f"{row['example_id']} {row['sampled_from']}"]
+    name = f"{row['example_id']} {row['sampled_from']}" if "sampled_from" in row else row["example_id"]
+    key = [seed, "order", t, 0, name]
     return hashlib.sha256(json.dumps(key, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -106,10 +108,25 @@ def check_iteration(run: Path, settings: dict[str, Any], t: int, limit: int) -> 
         if i < len(first):
             deltas.append(log_ratio["real"] - log_ratio["generated"])
     beta = settings["schedule.beta"][min(t, len(settings["schedule.beta"]) - 1)]
-    logged = json.loads((run / f"iterate-{t + 1:02d}" / "model" / "metrics.jsonl").read_text().splitlines()[0])
+    logged = first_row(run, t)
     loss = sum(loss_of(settings, d, beta) for d in deltas) / len(deltas)
     margin = beta * sum(deltas) / len(deltas)
     return gap, gap_token, abs(loss - logged["train/loss"]), abs(margin - logged["train/margin"])
+
+
+def first_row(run: Path, t: int) -> dict[str, Any]:
+    """What training logged of the first step of iteration t."""
+    row: dict[str, Any] = json.loads((run / f"iterate-{t + 1:02d}/model/metrics.jsonl").read_text().splitlines()[0])
+    return row
+
+
+def check_answers(run: Path, settings: dict[str, Any], t: int) -> float:
+    """The gap of the first step's loss of iteration t where it has no opponent: nats a token."""
+    rows = pq.read_table(run / "data/train.parquet").to_pylist()
+    first = sorted(rows, key=lambda row: order_key(settings["seed"], t, row))[: settings["schedule.batch_size"]]
+    model = load(run, t)
+    total = sum(logprob(model, row["prompt_ids"], row["real_ids"]) for row in first)
+    return float(abs(-total / sum(len(row["real_ids"]) for row in first) - first_row(run, t)["train/loss"]))
 
 
 def main() -> None:
@@ -121,6 +138,13 @@ def main() -> None:
     settings = json.loads((args.run / "run.json").read_text())["settings"]
     if settings["loss.length_norm"] != "none":
         sys.exit("verify.py knows loss.length_norm=none only")
+    if settings["loss.name"] == "sft":
+        for t in range(len(list(args.run.glob("iterate-*/model"))) - (args.run / "iterate-00/model").exists()):
+            gap = check_answers(args.run, settings, t)
+            print(f"iteration {t}: first loss off by {gap:.1e} nats a token")
+            if gap > 1e-4:
+                sys.exit("the first step does not agree with the saved iterates")
+        return
     worst = 0.0
     for t in range(len(list(args.run.glob("iteration-??")))):
         gap, token, loss, margin = check_iteration(args.run, settings, t, args.rows)

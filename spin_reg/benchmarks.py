@@ -1,9 +1,11 @@
-"""The settings of evaluation with benchmarks: which tasks of lm-eval every iterate is judged by, and how."""
+"""The settings of evaluation: which tasks of lm-eval every iterate is judged by and how, and MT-Bench."""
 
 import re
 from dataclasses import dataclass, field
 
 from spin_reg import settings
+from spin_reg.exact import ExactMatch
+from spin_reg.mt_bench import Judge, MtBench, check_together
 from spin_reg.settings import MISSING, check, positive, runtime
 
 NAME = re.compile(r"\w[\w.+()-]*")  # a task's name is a word of lm-eval's command, and names a folder
@@ -36,17 +38,26 @@ class TaskFiles:
 
 @dataclass
 class Evaluation(settings.Evaluation):
-    """Whether iterates are judged, how many held-out samples are shown, and benchmarks through lm-eval (extra `eval`).
+    """Whether iterates are judged, how many held-out samples are shown, benchmarks through lm-eval (extra `eval`), and
+    MT-Bench with a judge (extra `judge`).
+
+    `exact_match`: whether held-out answers come to the real result. `full_kl`: the KL to the base and to the previous
+    iterate over the whole vocabulary, on the first `full_kl_prompts` held-out prompts; two models are in memory then.
 
     `include_path`: a folder with task YAMLs of one's own (and Python that they name, which is run).
     `limit`: only the first so many items of every task, for trying out.
     """
 
+    exact_match: ExactMatch = field(default_factory=ExactMatch)
+    full_kl: bool = False
+    full_kl_prompts: int = 64
     benchmarks: list[Benchmark] = field(default_factory=list)
     include_path: str | None = runtime(None)  # what its tasks hold counts, by content
     apply_chat_template: bool = False
     limit: int | None = None
     benchmark_batch_size: int = runtime(8)
+    mt_bench: MtBench = field(default_factory=MtBench)
+    judge: Judge = field(default_factory=Judge)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,10 +65,18 @@ class Evaluation(settings.Evaluation):
         names = [benchmark.task for benchmark in self.benchmarks]
         twice = sorted({name for name in names if names.count(name) > 1})
         check(not twice, f"evaluation.benchmarks: {', '.join(twice)}: give each task once")
-        ok = self.enabled or not self.benchmarks
-        check(ok, "evaluation.enabled=false: it leaves evaluation.benchmarks without effect; leave one of them out")
+        matched = self.exact_match.regex is not None
+        asked = {"benchmarks": bool(self.benchmarks), "exact_match": matched, "full_kl": self.full_kl}
+        for key, given in asked.items():
+            message = f"evaluation.enabled=false: it leaves evaluation.{key} without effect; leave one of them out"
+            check(self.enabled or not given, message)
+        positive(evaluation__full_kl_prompts=self.full_kl_prompts)
+        ok = self.full_kl or self.full_kl_prompts == 64
+        message = f"evaluation.full_kl_prompts={self.full_kl_prompts}: without evaluation.full_kl=true it does nothing"
+        check(ok, f"{message}; set that too")
         off = {"include_path": None, "apply_chat_template": False, "limit": None, "benchmark_batch_size": 8}
         for key, value in off.items():
-            given = getattr(self, key)
-            ok = bool(self.benchmarks) or given == value
-            check(ok, f"evaluation.{key}={given}: without benchmarks it does nothing; set evaluation.benchmarks")
+            now = getattr(self, key)
+            ok = bool(self.benchmarks) or now == value
+            check(ok, f"evaluation.{key}={now}: without benchmarks it does nothing; set evaluation.benchmarks")
+        check_together(self.enabled, self.mt_bench, self.judge)

@@ -9,32 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, stopping
+from spin_reg import __version__, manual, stopping, verbs
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
-
-USAGE = """\
-spin-reg: regularized self-play fine-tuning of language models, the whole loop in one command.
-
-  spin-reg train [key=value ...]    generate, score, train, evaluate, iteration after iteration; the same
-                                    command again goes on where it stopped
-  spin-reg plan [key=value ...]     the same plan, printed: what is done, what is to do, and why; runs nothing
-  spin-reg resume RUN [key=value]   go on with the run in this folder
-  spin-reg evaluate RUN [key=value] judge the iterates of this folder that were not yet
-  spin-reg export RUN --to FOLDER   an iterate as a Hugging Face folder, an adapter merged [--iterate K]
-  spin-reg sync RUN [tracker=...]   send the metrics of this folder to its tracker, or to this one
-  spin-reg status [DIR]             how far runs are; of one, the family tree of its iterates [--watch] [--json]
-  spin-reg ls [DIR] [key=value]     the runs in a folder (default: outputs), by what sets them apart
-  spin-reg compare A B              two runs, or two sets of seeds: settings, metrics, answers
-  spin-reg gc [DIR] [--yes]         what nothing needs any more, by name and size; --yes removes it
-
-  spin-reg train --help             every group and every setting
-  spin-reg train --cfg job          the composed configuration
-  spin-reg train -m alpha=0,0.5,1   a sweep: one run for every value; hydra/launcher=joblib: several at a time
-  eval "$(spin-reg -sc install=bash)"    shell completion (also zsh, fish)
-
-Try it:  spin-reg train regularizer=kl alpha=0.5     (two minutes on a laptop, no network)
-"""
 
 
 def conf_dir() -> Path:
@@ -70,17 +47,23 @@ def report(error: SpinRegError) -> int:
 
 def _dispatch(program: str, words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
+        asked = [word for word in words[1:] if word in verbs.TABLE]
+        print(manual.page(asked[0]) if asked else manual.overview(), end="")
         return 0
     verb, *rest = words
-    if verb in ("resume", "export", "sync", "gc") and {"-h", "--help"} & set(rest):
-        print(USAGE, end="")
+    if verb in verbs.TABLE and not verbs.TABLE[verb].composed and {"-h", "--help"} & set(rest):
+        print(manual.page(verb), end="")
         return 0
     if verb == "--version":
         print(__version__)
         return 0
     if verb in ("-sc", "--shell-completion"):
         return _complete(program, words)
+    if verb == "--completion":
+        from spin_reg import completion
+
+        print(completion.script(rest), end="")
+        return 0
     if verb not in VERBS:
         from difflib import get_close_matches
 
@@ -91,16 +74,15 @@ def _dispatch(program: str, words: list[str]) -> int:
 
 
 def _complete(program: str, words: list[str]) -> int:
-    """Shell completion: ours for the verb, then Hydra's, which must not see the verb."""
+    """What a shell asks at the cursor: ours for verbs, options, folders; for settings Hydra's, which sees no verb."""
+    from spin_reg import completion
+
     line = os.environ.get("COMP_LINE", "")
-    typed = line.split()
-    if len(typed) > 2 or (len(typed) == 2 and line.endswith(" ")):
-        if typed[1] not in ("train", "plan"):
+    if line:
+        found, os.environ["COMP_LINE"] = completion.offers(line)
+        if found is not None:
+            print("\n".join(found))
             return 0
-        os.environ["COMP_LINE"] = line.replace(f" {typed[1]} ", " ", 1)
-    elif line:
-        print(" ".join(VERBS))
-        return 0
     return _compose(program, words, lambda cfg: None)
 
 
@@ -111,23 +93,22 @@ def _train(program: str, words: list[str]) -> int:
 
 
 def _plan(program: str, words: list[str]) -> int:
-    return _compose(program, words, _show_plan)
+    return _compose(program, words, _show_plan, verb="plan")
 
 
 def _resume(program: str, words: list[str]) -> int:
     from spin_reg.runs import words_of
 
-    return _train(program, words_of("resume", words))
+    return _compose(program, words_of("resume", words), partial(_run, again=True))
 
 
 def _evaluate(program: str, words: list[str]) -> int:
     from spin_reg.runs import words_of
 
-    task = partial(_run, only_evaluate=True)
     if not words or words[0].startswith("-") or "=" in words[0]:
-        return _compose(program, words, task)
+        return _compose(program, words, partial(_run, only_evaluate=True), verb="evaluate")
     switched_off = [word for word in words_of("evaluate", words) if word != "evaluation=none" or word in words]
-    return _compose(program, switched_off, task)
+    return _compose(program, switched_off, partial(_run, only_evaluate=True, again=True), verb="evaluate")
 
 
 def _sync(program: str, words: list[str]) -> int:
@@ -158,8 +139,21 @@ def _export(program: str, words: list[str]) -> int:
     from spin_reg import export
     from spin_reg.runs import words_of
 
-    given = export.arguments(words)  # before the process moves to where the run began
-    return _compose(program, words_of("export", [given.run]), partial(export.task, k=given.iterate, to=given.to))
+    given = manual.parsed("export", words)
+    given.to = given.to.expanduser().resolve()  # before the process moves to where the run began
+    given.format = given.format or export.MODEL
+    export.check(given)
+    return _compose(program, words_of("export", [given.run]), partial(export.task, given=given))
+
+
+def _sample(program: str, words: list[str]) -> int:
+    from spin_reg import sample
+    from spin_reg.runs import words_of
+
+    given = manual.parsed("sample", words)
+    sample.check(given)
+    asked = sample.prompts(given)  # before the process moves to where the run began
+    return _compose(program, words_of("sample", [given.run]), partial(sample.task, given=given, asked=asked))
 
 
 def _ls(program: str, words: list[str]) -> int:
@@ -180,6 +174,20 @@ def _gc(program: str, words: list[str]) -> int:
     return runs.gc(words, conf_dir())
 
 
+def _page(program: str, words: list[str]) -> int:
+    from spin_reg.report import verb
+
+    return next(iter([report(error) for error in verb.main(words)]), 0)
+
+
+def page_after(roots: list[Path]) -> None:
+    """The page about what is finished; why there is none is told, and is no failure of the run."""
+    from spin_reg.report import verb
+
+    for error in verb.after(roots):
+        report(error)
+
+
 def _status(program: str, words: list[str]) -> int:
     from spin_reg import status
 
@@ -192,22 +200,24 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "export": _export,
+    "sample": _sample,
     "sync": _sync,
     "status": _status,
     "ls": _ls,
     "compare": _compare,
+    "report": _page,
     "gc": _gc,
 }
 
 
-def _compose(program: str, words: list[str], task: Callable[[Any], Any]) -> int:
-    """Hand the words to Hydra; its errors come back as ours."""
+def _compose(program: str, words: list[str], task: Callable[[Any], Any], verb: str = "train") -> int:
+    """Hand the words to Hydra; its errors come back as ours. `verb`: whose page --help begins with."""
     import hydra
 
     from spin_reg import config, overrides, sweeps
 
     config.register()
-    overrides.register_help(conf_dir())
+    overrides.register_help(conf_dir(), verb)
     overrides.check(words)
     sys.argv = [program, *words]
     full = os.environ.get("HYDRA_FULL_ERROR")
@@ -246,18 +256,20 @@ def ours(error: Exception, *, full: bool) -> SpinRegError:
     return error if isinstance(error, SpinRegError) else overrides.explain(error)
 
 
-def _planned(cfg: Any, *, only_evaluate: bool = False, group: str | None = None) -> Any:
+def _planned(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: str | None = None) -> Any:
+    """The plan of a run; `again`: of one that is there, so as lenient as any command that made it."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     from spin_reg import config, launch, sweeps
 
-    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-    settings = sweeps.grouped(config.load(cfg, sweep=sweep), group)
+    hydra = HydraConfig.get()
+    lenient = again or hydra.mode == RunMode.MULTIRUN
+    settings = sweeps.grouped(config.load(cfg, sweep=lenient, given=hydra.overrides.task), group)
     return launch.prepare(settings, only_evaluate=only_evaluate)
 
 
-def _run(cfg: Any, *, only_evaluate: bool = False, group: str | None = None) -> Any:
+def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: str | None = None) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -267,7 +279,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False, group: str | None = None) -> 
     hydra = HydraConfig.get()
     screen = Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
     with stopping.listening(), screen.warnings():
-        planned = _planned(cfg, only_evaluate=only_evaluate, group=group)
+        planned = _planned(cfg, only_evaluate=only_evaluate, again=again, group=group)
         stopping.goes_on_by(f"spin-reg resume {shlex.quote(short(planned.root))}", once=planned.root / "run.json")
         if planned.stages and not planned.finished:
             try:
@@ -276,13 +288,15 @@ def _run(cfg: Any, *, only_evaluate: bool = False, group: str | None = None) -> 
                 screen.close()
         value = results.objective(planned.root, planned.config.objective)
         closing_words(planned, screen, everything=only_evaluate)
+        if planned.made:
+            page_after([planned.root])
         if hydra.mode == RunMode.MULTIRUN:
             stopping.poll()  # a signal that came when this point was all but done is meant for the others
     return points.Made(planned.root, planned.made, value)
 
 
 def _show_plan(cfg: Any) -> None:
-    from spin_reg import estimate, launch, space
+    from spin_reg import asking, estimate, launch, space
     from spin_reg.console import short
 
     planned = _planned(cfg)
@@ -295,8 +309,10 @@ def _show_plan(cfg: Any) -> None:
     print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
     if planned.stop is not None:
         print(f"  stopped {planned.stop.words()}")
-    tokens, memory = launch.estimates(planned)
+    tokens, memory, asked = launch.estimates(planned)
     print(f"  tokens: {tokens.words()}")
+    if asked.calls or asked.cached:
+        print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
     print(f"  memory: {memory.words(estimate.room())}")
     print(f"  time: {launch.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")

@@ -10,39 +10,14 @@ from typing import Any
 
 import yaml
 
-from spin_reg import groups, listing, metrics, rundir, sheet, survey
+from spin_reg import groups, listing, manual, metrics, rundir, sheet, survey
 from spin_reg.config import flatten
 from spin_reg.console import COLUMNS
 from spin_reg.errors import ConfigError
 from spin_reg.groups import Run, Spread
 from spin_reg.launch import CONFIG
 
-MANUAL = """\
-spin-reg compare A B [option ...]    two runs, or two sets of seeds, beside each other
-
-A and B are each a run's folder, a folder of runs, or a pattern in quotes; several runs on one side must differ in the
-seed alone. What is printed:
-
-  settings      those of config.yaml that differ
-  metrics       by iterate: mean and standard deviation over the seeds of each side (n - 1), and the difference B - A,
-                seed by seed over the seeds that both have (n of them): the spread of the bases, which the seed
-                changes too, cancels. * marks the side whose mean is better, where one side is better by itself
-  samples       answers of both to the same held-out prompts, of the first seed that both have
-
-Options
-  --metric NAME     this metric in place of the main ones; may be given more than once
-  --all             all metrics
-  --iterate K       samples of this iterate (default: the newest that both have)
-  --samples N       so many prompts (default 3; 0: none)
-  --json            all of it for programs: {"a", "b", "settings", "metrics", "samples"}
-
-In a terminal it draws tables; piped, cells stand between tabs, and each part begins with a line `# NAME`.
-
-Examples
-  spin-reg compare outputs/RUN1 outputs/RUN2
-  spin-reg compare 'outputs/tiny-toy-none-seed*' 'outputs/tiny-toy-kl-alpha0.5-seed*'
-  spin-reg compare A B --metric kl_data --metric kl_off --samples 0
-"""
+SAMPLES = 3  # prompts
 OWN = ("run_name", "outputs", "alpha")  # where a run lies, not how it was made; what regularizer.alpha says too
 
 
@@ -63,17 +38,10 @@ def main(words: Sequence[str]) -> int:
     Raises:
         ConfigError: a side is no run, or runs that differ in more than the seed. DamagedError: a run is damaged.
     """
-    parser = sheet.Words("compare", MANUAL)
-    parser.add_argument("a")
-    parser.add_argument("b")
-    parser.add_argument("--metric", action="append", default=[])
-    parser.add_argument("--all", action="store_true")
-    parser.add_argument("--iterate", type=int)
-    parser.add_argument("--samples", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(list(words))
+    given = manual.parsed("compare", words)
+    count = SAMPLES if given.samples is None else given.samples
     a, b = side(given.a), side(given.b)
-    settings, rows = apart(a, b), compared(a, b, _names(a, b, given.metric, everything=given.all))
+    settings, rows = apart(a, b), compared(a, b, _names(a, b, given.metric or [], everything=given.all))
     k, seed, answers = samples(a, b, given.iterate)
     if given.json:
         sheet.show_json(_json(a, b, settings, rows) | {"samples": {"iterate": k, "seed": seed, "rows": answers}})
@@ -83,9 +51,9 @@ def main(words: Sequence[str]) -> int:
         sheet.show("", ("setting", "A", "B"), [[key, *values] for key, values in settings.items()])
     sheet.part(f"metrics   A: {_seeds(a)}   B: {_seeds(b)}")
     sheet.show("", ("metric", "iterate", "A", "B", "B - A", "n"), [_cells(row) for row in rows], right=RIGHT)
-    if given.samples and answers:
+    if count and answers:
         sheet.part(f"samples   iterate {k}, seed {seed}")
-        listed = [[row[key] for key in ("prompt", "real", "a", "b")] for row in answers[: given.samples]]
+        listed = [[row[key] for key in ("prompt", "real", "a", "b")] for row in answers[:count]]
         sheet.show("", ("prompt", "real", "A", "B"), listed)
     return 0
 

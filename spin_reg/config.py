@@ -1,9 +1,9 @@
 """From a composed YAML tree to checked, plain values: `register()` gives Hydra the schemas, `load()` checks."""
 
-import difflib
 import json
 import logging
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spin_reg import benchmarks, corpora, redact, settings
-from spin_reg.errors import ConfigError
+from spin_reg.complaints import bad_value, config_error, holds_a_secret, unknown_key
 from spin_reg.fingerprint import digest, identity, plain
-from spin_reg.metrics import HEALTHY, KNOWN_LANGUAGE, Healthy
+from spin_reg.metrics import EXACT_MATCH, HEALTHY, KNOWN_LANGUAGE, Healthy
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
 from spin_reg.schedules import per_iteration
@@ -40,7 +40,7 @@ class Config:
 
     model: settings.Model = field(default=cast(settings.Model, settings.MISSING))
     dataset: corpora.Dataset = field(default=cast(corpora.Dataset, settings.MISSING))
-    regularizer: Regularizer = field(default=cast(Regularizer, settings.MISSING))
+    regularizer: Regularizer | None = field(default=cast(Regularizer, settings.MISSING))  # None: no opponent
     schedule: settings.Schedule = field(default_factory=settings.Schedule)
     loss: settings.Loss = field(default_factory=settings.Loss)
     generation: settings.Generation = field(default_factory=settings.Generation)
@@ -69,11 +69,13 @@ def register() -> None:
     OmegaConf.register_new_resolver("first", _first, replace=True)
 
 
-def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
+def load(cfg: DictConfig, *, sweep: bool = False, given: Sequence[str] = ()) -> Config:
     """Check a composed configuration and return it as plain values.
 
     Args:
-        sweep: the run is a point of a sweep, where an alpha that the regularizer does not take is ignored.
+        sweep: the run is a point of a sweep, where what has no effect is ignored: an alpha that the regularizer does
+            not take, and of a loss without an opponent all that acts through one.
+        given: the words that were typed, which tell such settings from defaults and experiments.
 
     Raises:
         ConfigError: an unknown key, a value out of range, or a setting without effect.
@@ -89,8 +91,8 @@ def load(cfg: DictConfig, *, sweep: bool = False) -> Config:
     try:
         _refuse_secrets(config)
         _check_run_name(config.run_name)
-        _check_alpha(config, sweep)
-        _check_loss(config)
+        config = _against_an_opponent(config, sweep) if config.loss.plays else _alone(config, sweep, given)
+        _check_generation(config.generation)
         _check_keep(config)
         _check_stop(config)
         _check_packages(config)
@@ -106,33 +108,6 @@ def _refuse_secrets(config: Config) -> None:
         secret = redact.found(text)
         if secret is not None:
             raise holds_a_secret(key, secret)
-
-
-def holds_a_secret(key: str, secret: str) -> ConfigError:
-    """The error for a setting with a secret in it; its value is not echoed."""
-    return ConfigError(
-        "A setting holds a secret.",
-        where=key,
-        why=f"it has {secret}, and settings are written into the run folder and sent to trackers",
-        todo="take it out; credentials belong into the environment (HF_TOKEN, WANDB_API_KEY) or a netrc file",
-    )
-
-
-def bad_value(message: str) -> ConfigError:
-    """A ConfigError from a `key=value: what is allowed` message."""
-    key, _, allowed = message.partition(": ")
-    if not allowed:
-        key, allowed = "the configuration", message
-    return ConfigError("A setting cannot be used.", where=key, why=allowed, todo="change it and run again")
-
-
-def config_error(error: OmegaConfBaseException) -> ConfigError:
-    """A ConfigError from one of OmegaConf's."""
-    key = getattr(error, "full_key", None) or "the configuration"
-    why = str(error).splitlines()[0]
-    if "issing mandatory value" in why:
-        return ConfigError("A setting must be given.", where=key, why="it has no default", todo=f"add {key}=...")
-    return ConfigError("A setting cannot be used.", where=key, why=why, todo=f"give {key} another value")
 
 
 def _refuse_unknown(cfg: DictConfig) -> None:
@@ -152,13 +127,6 @@ def _refuse_unknown(cfg: DictConfig) -> None:
                 walk(child, f"{name}.")
 
     walk(cfg, "")
-
-
-def unknown_key(key: str, known: list[str]) -> ConfigError:
-    """A ConfigError that names the nearest keys."""
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    todo = "did you mean " + " or ".join(near) + "?" if near else "known here: " + ", ".join(sorted(known))
-    return ConfigError(f"There is no setting {key}.", where=key, why="no part of the configuration has it", todo=todo)
 
 
 def all_keys() -> list[str]:
@@ -184,7 +152,8 @@ def _check_run_name(name: str | None) -> None:
 
 def _check_keep(config: Config) -> None:
     keep = config.keep_iterates
-    widest = max(len(config.regularizer.opponent(t).window) for t in range(config.schedule.iterations))
+    rule, iterations = config.regularizer, range(config.schedule.iterations)
+    widest = 1 if rule is None else max(len(rule.opponent(t).window) for t in iterations)
     if keep is settings.KeepIterates.last:
         message = f"keep_iterates=last: this regularizer plays against {widest} iterates; give needed or all"
         settings.check(widest == 1, message)
@@ -211,6 +180,8 @@ def _check_stop(config: Config) -> None:
 
 def _check_seen(config: Config, key: str, named: str, metric: str) -> None:
     settings.check(config.evaluation.enabled, f"{named}: nothing is evaluated; set {key}=null")
+    asked = config.evaluation.exact_match.regex is not None or metric not in EXACT_MATCH
+    settings.check(asked, f"{named}: nothing is matched; set evaluation=exact_match")
     known = isinstance(config.dataset, corpora.Toy) or metric not in KNOWN_LANGUAGE
     settings.check(known, f"{named}: it is known of dataset=toy alone; give eval/heldout_nll")
 
@@ -232,11 +203,52 @@ def _check_packages(config: Config) -> None:
         )
 
 
-def _check_alpha(config: Config, sweep: bool) -> None:
+THROUGH_AN_OPPONENT = (  # settings that do nothing where there is none
+    *("regularizer", "alpha", "schedule.beta", "loss.length_norm"),
+    *("generation.temperature", "generation.top_p", "evaluation.crossplay"),  # own answers are judged at temperature 1
+)
+
+
+def _alone(config: Config, sweep: bool, given: Sequence[str]) -> Config:
+    """The settings of a loss without an opponent: what would act through one is left out, so that equal runs are equal.
+
+    Raises:
+        ValueError: such a setting was typed, and not for a sweep.
+    """
+    keys = {word: word.lstrip("+~").partition("=")[0].partition("@")[0] for word in given}
+    idle = [word for word, key in keys.items() if any(f"{key}.".startswith(f"{k}.") for k in THROUGH_AN_OPPONENT)]
+    name = config.loss.name
+    for word in idle:
+        settings.check(sweep, f"{word}: loss={name} has no opponent, so this does nothing; leave it out")
+    if idle:
+        log.warning("%s: ignored here, loss=%s has no opponent", " ".join(idle), name)
+    return replace(
+        config,
+        regularizer=None,
+        alpha=None,
+        schedule=replace(config.schedule, beta=None),
+        loss=settings.Loss(name),
+        generation=replace(config.generation, temperature=1.0, top_p=1.0),
+        evaluation=replace(config.evaluation, crossplay=False),
+    )
+
+
+def _against_an_opponent(config: Config, sweep: bool) -> Config:
+    """The settings of a loss with an opponent, checked."""
+    rule, name = config.regularizer, config.loss.name
+    if rule is None:
+        raise ValueError(f"regularizer=null: loss={name} needs an opponent; give one")
+    settings.check(config.schedule.beta is not None, f"schedule.beta=null: loss={name} needs a number above 0")
+    _check_alpha(config, rule, sweep)
+    _check_loss(config, rule)
+    return config
+
+
+def _check_alpha(config: Config, rule: Regularizer, sweep: bool) -> None:
     if config.alpha is None:
         return
-    own = getattr(config.regularizer, "alpha", None)
-    name = name_of(config.regularizer)
+    own = getattr(rule, "alpha", None)
+    name = name_of(rule)
     if own is None:
         message = f"alpha={config.alpha}: regularizer={name} takes no alpha; leave it out or use regularizer=kl"
         settings.check(sweep, message)
@@ -247,12 +259,12 @@ def _check_alpha(config: Config, sweep: bool) -> None:
         settings.check(given == own, message)
 
 
-def _check_loss(config: Config) -> None:
+def _check_loss(config: Config, rule: Regularizer) -> None:
     """methods: a loss that is not invariant to log Z(x) needs a normalised reference."""
     if config.loss.length_norm is settings.LengthNorm.none:
         return
     for t in range(config.schedule.iterations):
-        ok = normalised(config.regularizer.opponent(t).reference)
+        ok = normalised(rule.opponent(t).reference)
         settings.check(
             ok,
             f"loss.length_norm=mean: the reference of iteration {t} is a geometric mixture, unnormalised by log Z(x); "
@@ -261,15 +273,27 @@ def _check_loss(config: Config) -> None:
         )
 
 
+def _check_generation(generation: settings.Generation) -> None:
+    """What is played against are draws from an opponent; at temperature 0 it has none."""
+    ok = generation.temperature > 0
+    settings.check(
+        ok, f"generation.temperature={generation.temperature}: give a number above 0 (1 samples the policy itself)"
+    )
+
+
 OUTSIDE_IDENTITY = ("schedule.iterations", "evaluation", "tracker", "alpha", "run_name", "outputs")
 
 
 def identity_settings(config: Config) -> dict[str, Any]:
     """The result-changing settings as a flat {dotted key: value}; what two runs must share to be the same run."""
-    tree = identity(config)
-    for group in ("model", "dataset", "regularizer"):
-        tree[group] = {"_choice": choice(group, getattr(config, group)), **tree[group]}
+    tree = _with_choices(config, identity(config))
     return {k: v for k, v in flatten(tree).items() if not k.startswith(OUTSIDE_IDENTITY)}
+
+
+def _with_choices(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
+    chosen = {group: getattr(config, group) for group in ("model", "dataset", "regularizer")}
+    named = {group: {"_choice": choice(group, v), **tree[group]} for group, v in chosen.items() if v is not None}
+    return tree | named
 
 
 def choice(group: str, value: Any) -> str:
@@ -294,7 +318,9 @@ def run_name(config: Config) -> str:
     words.append(f"lora{rank}" if rank else "")
     words.append(_tail(getattr(config.dataset, "path", choice("dataset", config.dataset))))
     words += [_tail(part.path) for part in getattr(config.dataset, "parts", [])[:3]]
-    words += [name_of(config.regularizer), config.regularizer.words(), f"seed{config.seed}"]
+    rule = config.regularizer
+    words += [str(config.loss.name)] if rule is None else [name_of(rule), rule.words()]
+    words.append(f"seed{config.seed}")
     return "-".join([w for w in words if w] + [digest(identity_settings(config))[:6]])
 
 
@@ -306,7 +332,4 @@ def _tail(path: str) -> str:
 
 def as_yaml(config: Config) -> str:
     """All settings as YAML, for the run folder."""
-    tree = plain(config)
-    for group in ("model", "dataset", "regularizer"):
-        tree[group] = {"_choice": choice(group, getattr(config, group)), **tree[group]}
-    return OmegaConf.to_yaml(OmegaConf.create(tree))
+    return OmegaConf.to_yaml(OmegaConf.create(_with_choices(config, plain(config))))

@@ -21,9 +21,13 @@ from spin_reg.plan import Stage
 from spin_reg.redact import redacted
 from spin_reg.results import Values
 from spin_reg.runner import State, Status
-from spin_reg.scoreboard import benchmarks_table
+from spin_reg.scoreboard import benchmarks_table, mt_bench_table
 
-COLUMNS = ("heldout_nll", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous", "length_mean")
+COLUMNS = (
+    *("heldout_nll", "exact_match", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous"),
+    "length_mean",
+)
+FIT = 8  # columns into 80 characters
 PIPED_WIDTH = 140
 EVERY = 10.0  # seconds between plain progress lines
 
@@ -134,9 +138,10 @@ def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None
         rest = details(planned.root, iterations, screen.console.width) if everything else []
         for shown in ("", table, "", *rest):
             screen.console.print(shown, markup=False)
-    benchmarks = benchmarks_table(planned.root, planned.stages)
-    if benchmarks is not None:
-        screen.console.print(benchmarks)
+    for judged in (benchmarks_table, mt_bench_table):
+        found = judged(planned.root, planned.stages)
+        if found is not None:
+            screen.console.print(found)
     place = short(planned.root)
     newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
     more = f"schedule.iterations={iterations + 2}"
@@ -188,7 +193,7 @@ def _name(k: int) -> str:
 def iterates_table(root: Path, iterations: int) -> Table | None:
     """The main metrics of every iterate, one row each, in 80 columns; None where none was evaluated."""
     found = results.evaluated(root, iterations)
-    names = [f"eval/{name}" for name in COLUMNS if any(f"eval/{name}" in values for values in found.values())]
+    names = [f"eval/{name}" for name in COLUMNS if any(f"eval/{name}" in values for values in found.values())][:FIT]
     if not names:
         return None
     table, best = _table(root.name, "iterate"), _best(found)
@@ -229,17 +234,21 @@ def details(root: Path, iterations: int, width: int) -> list[Table | str]:
     if matrix:
         made += [
             "cross-play: how often discriminator i tells real answers from those of iterate j",
-            _matrix(matrix),
+            _matrix(matrix, "i \\ j", "accuracy"),
             "",
         ]
+    preferred = results.preferences(root, iterations)
+    if preferred:
+        words = "preferences: how often iterate k gives a real answer a higher log-prob than iterate j"
+        made += [words, _matrix(preferred, "k \\ j", "share"), ""]
     return made
 
 
-def _matrix(matrix: Mapping[tuple[int, int], Values]) -> Table:
-    table = _table("", "i \\ j")
+def _matrix(matrix: Mapping[tuple[int, int], Values], corner: str, name: str) -> Table:
+    table = _table("", corner)
     for j in sorted({j for _, j in matrix}):
         table.add_column(str(j), justify="right")
     for i in sorted({i for i, _ in matrix}):
         known = (matrix.get((i, j)) for j in sorted({j for _, j in matrix}))
-        table.add_row(str(i), *("" if entry is None else f"{entry['accuracy']:.3f}" for entry in known))
+        table.add_row(str(i), *("" if entry is None else f"{entry[name]:.3f}" for entry in known))
     return table

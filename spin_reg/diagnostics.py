@@ -5,6 +5,8 @@ of the linear part where a value is no mean (the delta method). One prompt alone
 """
 
 import math
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Values = dict[str, float]
 Array = NDArray[np.float64]
+BLEU_ORDER, BLEU_ANSWERS = 4, 512
 
 
 def mean(name: str, values: ArrayLike) -> Values:
@@ -55,6 +58,17 @@ def misaligned(delta: ArrayLike, real: ArrayLike, generated: ArrayLike) -> Array
     return (won & (np.asarray(real) < np.asarray(generated))).astype(np.float64)
 
 
+def preferred(name: str, ours: ArrayLike, theirs: ArrayLike) -> Values:
+    """The share of answers that our policy gives a higher log-prob than theirs (ties half), 0 to 1: a win rate without
+    a judge. 0.5 is no preference; of real answers, above it is progress, whatever the size of the steps.
+
+    Args:
+        ours, theirs: log-probs of the same answers in one order, nats a sequence.
+    """
+    x, y = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    return mean(name, (x > y) + (x == y) / 2)
+
+
 def k3(policy: Sequence[float], other: Sequence[float]) -> float:
     """The k3 estimate of KL(policy || other) along one answer that the policy sampled: token log-probs in, nats out.
 
@@ -94,6 +108,44 @@ def distinct(answers: Iterable[Sequence[Hashable]], n: int) -> float:
     """
     grams = [tuple(ids[i : i + n]) for ids in answers for i in range(len(ids) - n + 1)]
     return len(set(grams)) / max(len(grams), 1)
+
+
+def self_bleu(answers: Sequence[Sequence[Hashable]]) -> Values:
+    """eval/self_bleu: the mean BLEU of each answer against all others as references, 0 to 1, over the first 512. It
+    rises as answers come to be alike: no collapse is healthy. No value of one answer alone.
+
+    With c_n(g) the count of the n-gram g in an answer of length l, m_n(g) its largest count in another one, and r the
+    other length that is nearest (the shorter of two), BLEU = min(1, exp(1 - r / l)) times the geometric mean of
+    p_n = sum_g min(c_n, m_n) / sum_g c_n over n = 1 to 4, as far as the answer has n tokens; 0.1 stands for a sum of 0.
+
+    It compares answers to different prompts, so only over the same prompts is it the same measure.
+    Source: Texygen (arXiv 1802.01886); BLEU of Papineni et al. (2002), smoothed by Chen and Cherry's first method.
+    """
+    some = answers[:BLEU_ANSWERS]
+    if len(some) < 2:
+        return {}
+    logs: list[list[float]] = [[] for _ in some]
+    for n in range(1, BLEU_ORDER + 1):
+        counts = [Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)) for ids in some]
+        best: dict[Hashable, tuple[int, int]] = {}  # the two largest counts, so that an answer can be left out
+        for count in counts:
+            for gram, c in count.items():
+                first, second = best.get(gram, (0, 0))
+                best[gram] = (c, first) if c >= first else (first, max(c, second))
+        for log, count in zip(logs, counts, strict=True):
+            others = ((c, best[gram][c == best[gram][0]]) for gram, c in count.items())
+            if count:
+                log.append(math.log(max(sum(min(both) for both in others), 0.1) / count.total()))
+    lengths = sorted(len(ids) for ids in some)
+    brevity = [min(0.0, 1 - _nearest(lengths, len(ids)) / len(ids)) for ids in some]
+    values = [math.exp(b + math.fsum(log) / len(log)) for b, log in zip(brevity, logs, strict=True)]
+    return {"eval/self_bleu": math.fsum(values) / len(values)}
+
+
+def _nearest(lengths: Sequence[int], length: int) -> int:
+    """Of sorted lengths, one of which is ours, the nearest other one; the shorter of two."""
+    i = bisect_left(lengths, length)
+    return min((*lengths[max(i - 1, 0) : i], *lengths[i + 1 : i + 2]), key=lambda other: (abs(other - length), other))
 
 
 def correlation(name: str, a: ArrayLike, b: ArrayLike) -> Values:

@@ -8,10 +8,23 @@ from spin_reg import sizes
 from spin_reg.corpora import Dataset
 from spin_reg.pace import Piece
 from spin_reg.plan import Stage
+from spin_reg.roles import answers_role
 from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize
 from spin_reg.space import BYTES, SLOTS, human
-from spin_reg.specs import BenchmarkSpec, GenerateSpec, PrepareSpec, ScoreSpec, SftSpec, Split, TrainSpec, answers_role
+from spin_reg.specs import (
+    BenchmarkSpec,
+    ConverseSpec,
+    DivergenceSpec,
+    GenerateSpec,
+    JudgeSpec,
+    PrepareSpec,
+    ScoreSpec,
+    SftSpec,
+    Split,
+    TrainSpec,
+)
 
+Heavy = GenerateSpec | ScoreSpec | DivergenceSpec | SftSpec | TrainSpec
 QUANTIZED = {Quantize.none: None, Quantize.nf4: 0.55, Quantize.int8: 1.05}  # bytes a weight, with their scales
 
 
@@ -33,7 +46,7 @@ class Work:
         if not self.tokens:
             return "none left"
         listed = ", ".join(f"{count(getattr(self, name))} {name}" for name in ("drawn", "scored", "trained"))
-        return f"at most {listed} on ({count(self.pairs)} pairs)"
+        return f"at most {listed} on" + (f" ({count(self.pairs)} pairs)" if self.pairs else "")
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,7 @@ def pieces(stages: Sequence[Stage], rows: Mapping[Split, int]) -> list[Piece]:
             stage.name,
             stage.kind,
             stage.folder,
-            None if isinstance(stage.spec, BenchmarkSpec) else work([stage], rows).tokens,
+            None if isinstance(stage.spec, BenchmarkSpec | JudgeSpec) else work([stage], rows).tokens,
         )
         for stage in stages
     ]
@@ -94,11 +107,17 @@ def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
         if isinstance(spec, GenerateSpec):
             share = 1.0 if spec.draw is None else _share(spec.draw.samplers[-1], spec.k)
             drawn += round(rows[spec.split] * share) * spec.max_new_tokens
+        elif isinstance(spec, ConverseSpec):
+            drawn += spec.answers * spec.max_new_tokens
         elif isinstance(spec, ScoreSpec):
             some = rows[spec.split] if spec.first is None else min(spec.first, rows[spec.split])
             scored += _scored(stage, spec, some)
+        elif isinstance(spec, DivergenceSpec):
+            scored += 2 * min(spec.first, rows[Split.heldout]) * _longest(stage)
         elif isinstance(spec, SftSpec):
             trained += spec.sft.epochs * (rows[Split.train] + rows.get(Split.retained_train, 0)) * _longest(stage)
+        elif isinstance(spec, TrainSpec) and not spec.loss.plays:
+            trained += spec.epochs * rows[Split.train] * _longest(stage)
         elif isinstance(spec, TrainSpec):
             made = rows[Split.train] * (len(spec.window) if _union(stage) else 1) * spec.epochs
             pairs += made
@@ -147,6 +166,7 @@ def memory(todo: Sequence[Stage], model: Model) -> Memory:
 
         generate   b P + B L l 2 c b + 12 B V                       the cache; the last logits and their sums
         score      b P + a N (8 h + 4 i + 2 c) + 8 min(C, R V)      one layer at a time; logits in float32, twice
+        divergence 2 b P + a N (8 h + 4 i + 2 c) + 16 max(C, R V)   two models, and the logits of both
         train      b P + T (4 + 4 slots) + a N l (8 h + 4 i + 2 c) + 4 min(K, R V) + 12 min(C, R V)
 
     `slots`: numbers that the optimizer keeps of a weight. With gradient checkpointing a layer keeps h and one layer is
@@ -159,12 +179,14 @@ def memory(todo: Sequence[Stage], model: Model) -> Memory:
     found: dict[str, int] = {}
     weights, trained = sizes.parameters(model), sizes.trained_parameters(model)
     quantized = QUANTIZED[model.lora.quantize] if isinstance(model, Pretrained) else None
-    held = weights * (quantized or BYTES[model.dtype]) + LIBRARIES
+    loaded = weights * (quantized or BYTES[model.dtype])
     for stage in todo:
         spec = stage.spec
-        if not isinstance(spec, GenerateSpec | ScoreSpec | SftSpec | TrainSpec):
+        if not isinstance(spec, Heavy):
             continue
-        need = held + _working(stage, spec, widths, model, trained)
+        need = (
+            LIBRARIES + loaded * (1 + isinstance(spec, DivergenceSpec)) + _working(stage, spec, widths, model, trained)
+        )
         found[stage.kind] = max(found.get(stage.kind, 0), round(need))
     return Memory(found)
 
@@ -172,9 +194,7 @@ def memory(todo: Sequence[Stage], model: Model) -> Memory:
 LIBRARIES = 500_000_000  # bytes: Python, torch and transformers as imported
 
 
-def _working(
-    stage: Stage, spec: GenerateSpec | ScoreSpec | SftSpec | TrainSpec, widths: sizes.Shape, model: Model, trained: int
-) -> float:
+def _working(stage: Stage, spec: Heavy, widths: sizes.Shape, model: Model, trained: int) -> float:
     """Bytes beside the weights."""
     hardware: Hardware = spec.hardware
     b, data = BYTES[model.dtype], _dataset(stage)
@@ -189,7 +209,10 @@ def _working(
         tokens = _at_once(hardware.batch_tokens, longest - response + answers, hardware.score_batch_size)
         logits = tokens * answers // (longest - response + answers) * widths.vocabulary
         return a * tokens * layer + 8 * min(logits, sizes.LOGITS_AT_ONCE)
-    pair = longest + response if isinstance(spec, TrainSpec) else longest
+    if isinstance(spec, DivergenceSpec):  # all logits of a batch of both models; a batch is small, or one answer
+        tokens = max(longest, min(hardware.batch_tokens, sizes.LOGITS_AT_ONCE // widths.vocabulary))
+        return a * tokens * layer + 16 * max(sizes.LOGITS_AT_ONCE, response * widths.vocabulary)
+    pair = longest + response if isinstance(spec, TrainSpec) and spec.loss.plays else longest
     tokens = _at_once(hardware.batch_tokens, pair, hardware.micro_batch_size)
     logits = tokens * (pair - data.max_prompt_tokens) // pair * widths.vocabulary
     slots = SLOTS[spec.optimizer] if isinstance(spec, TrainSpec) else SLOTS[Optimizer.adamw]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spin_reg.errors import ConfigError, DataError
+from spin_reg.errors import ConfigError, DataError, SpinRegError
 from spin_reg.redact import redacted
 from spin_reg.settings import Pretrained
 
@@ -136,3 +136,58 @@ def data_commit(path: str, revision: str | None) -> str:
             why=f"the Hub answered {type(error).__name__}: {first_line(error)}",
             todo="check the name, dataset.revision and the network; a local copy works with dataset=jsonl",
         ) from error
+
+
+def readme(model: Pretrained) -> str:
+    """The model card of a base on the Hub, at the commit in use; empty where it has none, or cannot be reached."""
+    from huggingface_hub import hf_hub_download
+
+    commit = _commits.get((model.name_or_path, model.revision), model.revision)
+    try:
+        path = hf_hub_download(model.name_or_path, "README.md", revision=commit)
+    except Exception as error:  # a dozen kinds; without a card its licence is not known, and nothing else changes
+        log.info("the model card of %s is not to be had (%s)", model.name_or_path, first_line(error))
+        return ""
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def check_token(name: str) -> None:
+    """Refuse to push where there is no token, before anything is made.
+
+    Raises:
+        ConfigError: neither the environment nor a login has one.
+    """
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise ConfigError(
+            "There is no token for the Hub.",
+            where=f"--push-to-hub {name}",
+            why="neither HF_TOKEN is set nor is anybody logged in",
+            todo="set HF_TOKEN in the environment, or log in once: hf auth login",
+        )
+
+
+def push(folder: Path, name: str, *, dataset: bool, private: bool, message: str) -> str:
+    """Upload a folder as one commit to a repository, made where it is not there yet; returns the commit's address.
+
+    Args:
+        private: of a repository that is made now; one that is there stays as it is.
+
+    Raises:
+        SpinRegError: the Hub refuses it, or cannot be reached. The folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    kind = "dataset" if dataset else "model"
+    try:
+        HfApi().create_repo(name, repo_type=kind, private=private, exist_ok=True)
+        made = HfApi().upload_folder(repo_id=name, folder_path=folder, repo_type=kind, commit_message=message)
+    except Exception as error:  # as above
+        raise SpinRegError(
+            "The export could not be pushed.",
+            where=f"--push-to-hub {name}",
+            why=f"{type(error).__name__}: {first_line(error)}",
+            todo=f"the folder {folder} is whole: hf upload {name} {folder} --repo-type {kind}",
+        ) from error
+    return str(made.commit_url)

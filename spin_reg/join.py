@@ -8,7 +8,8 @@ from typing import TypeVar
 from spin_reg import opponents, tables
 from spin_reg.errors import DamagedError
 from spin_reg.opponents import Draw, Reference
-from spin_reg.specs import PairsSpec, Split, answers_role, generated_role, real_role
+from spin_reg.roles import answers_role, generated_role, real_role
+from spin_reg.specs import PairsSpec, Split
 from spin_reg.tables import Row
 
 Found = TypeVar("Found")

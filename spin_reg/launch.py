@@ -19,7 +19,9 @@ from spin_reg import (
     config,
     durable,
     estimate,
+    exact,
     harness,
+    judges,
     origins,
     pace,
     results,
@@ -35,7 +37,7 @@ from spin_reg import (
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
-from spin_reg.errors import ConfigError, RunBusy, SpinRegError
+from spin_reg.errors import ConfigError, DamagedError, RunBusy, SpinRegError
 from spin_reg.fingerprint import file_sha256, plain
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.redact import redacted
@@ -100,10 +102,10 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     if saved is not None:
         _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
         if saved["iterations"] > settings.schedule.iterations:  # what was played stays part of the run
-            schedule = replace(settings.schedule, iterations=saved["iterations"])
-            settings = replace(settings, schedule=schedule)
-    else:
-        sizes.check_positions(settings.model, settings.dataset, settings.generation)
+            settings = replace(settings, schedule=replace(settings.schedule, iterations=saved["iterations"]))
+    matched = settings.evaluation.exact_match.max_new_tokens
+    if saved is None or matched is not None:
+        sizes.check_positions(settings.model, settings.dataset, settings.generation, matched)
     found = origins.found(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
     states = [runner.state_of(root, outputs, stage) for stage in stages]
@@ -133,10 +135,12 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     for stage, state in zip(planned.stages, planned.states, strict=True):
         if state.status is Status.stale:
             raise runner.refused(root, stage, state)
+    judges.check(settings, _todo(planned), planned.sources.mt_bench, root)
     read = None
     if not root.exists():
         environment(settings)
         read = _check_data(planned, listener)
+    _check_results(planned)
     space.check(planned.outputs, disk(planned, read))
     durable.make_folder(root)
     with rundir.owned(root):  # before anything slow: who comes second is told at once
@@ -158,10 +162,11 @@ def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Nee
     return space.need(planned.stages, todo, settings.model, rows, settings.keep_iterates, planned.future)
 
 
-def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory]:
-    """The tokens and the memory of the stages still to be made."""
-    todo = _todo(planned)
-    return estimate.work(todo, _counts(planned)), estimate.memory(todo, planned.config.model)
+def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, judges.Cost]:
+    """The tokens and the memory of the stages still to be made, and what a judge will be asked for."""
+    todo, asked = _todo(planned), planned.sources.mt_bench
+    work, memory = estimate.work(todo, _counts(planned)), estimate.memory(todo, planned.config.model)
+    return work, memory, judges.expected(todo, asked, planned.root)
 
 
 def time_left(planned: Planned) -> pace.Left:
@@ -197,7 +202,6 @@ def _run(planned: Planned, listener: Listener) -> Planned:
         _warn_of_versions(root)
         if not planned.config_whole:
             log.warning("%s is damaged or missing: it was written again", root / CONFIG)
-        identity = config.flatten(plain(settings))
         keep = settings.keep_iterates
         goes = partial(space.unneeded, planned.stages, keep=keep, future=planned.future)
         enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
@@ -205,7 +209,7 @@ def _run(planned: Planned, listener: Listener) -> Planned:
         if planned.whole:
             survey.record(root, _pieces(planned))
         try:
-            with tracking.mirror(root, settings.tracker, identity) as mirror:
+            with tracking.mirror(root, settings.tracker, config.flatten(plain(settings))) as mirror:
                 runner.run_all(
                     planned.stages,
                     root=root,
@@ -242,6 +246,23 @@ def _check_data(planned: Planned, listener: Listener) -> dict[Split, int] | None
     assert isinstance(spec, PrepareSpec)
     listener.stage(1, len(planned.stages), planned.stages[0], planned.states[0])
     return stage.check(spec, Context(listener.progress, poll=stopping.poll))
+
+
+def _check_results(planned: Planned) -> None:
+    """Most real answers must have a result, where results are to be matched; told as soon as the data are known."""
+    exact_match, spec = planned.config.evaluation.exact_match, planned.stages[0].spec
+    if exact_match.regex is None:
+        return
+    from spin_reg.stages import prepare as stage
+
+    assert isinstance(spec, PrepareSpec)
+    try:
+        made = rundir.read(_data_folder(planned), f"{Split.heldout}.parquet")
+    except DamagedError:  # it is made again
+        made = None
+    real = stage.heldout_answers(spec, made)
+    if real:
+        exact.wanted(exact_match, real)
 
 
 def environment(settings: Config) -> None:
@@ -308,6 +329,5 @@ def _warn_of_versions(root: Path) -> None:
     """Versions are provenance: other ones than the run began with are told, not refused."""
     saved = _saved(root)
     assert saved is not None
-    changed = versions.changed(saved["versions"])
-    if changed:
+    if changed := versions.changed(saved["versions"]):
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))

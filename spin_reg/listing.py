@@ -5,34 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spin_reg import groups, sheet, survey
+from spin_reg import groups, manual, sheet, survey
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.groups import Run
 from spin_reg.status import existing
 
-MANUAL = """\
-spin-reg ls [DIR] [key=value ...] [--json]    the runs of a folder, by what sets them apart
-
-Of the runs in DIR (default: outputs) those whose settings are as said: a group's option, as in regularizer=kl, or any
-setting that changes results, as in schedule.beta=0.1. For each:
-
-  run           the folder's name
-  settings      those that are not the same in all that are listed
-  iterates      how many were evaluated, the base included
-  heldout_nll   of the newest of them, and best: of the best, with its number
-  problem       why it cannot be read; other runs are listed all the same
-
-In a terminal it draws a table; piped it prints a line a run, cells between tabs.
-
-Options
-  --json        {"folder", "runs": [{"run", "path", "settings", "metrics", "problem"}]}: all settings that change
-                results, and all metrics by iterate
-
-Examples
-  spin-reg ls
-  spin-reg ls outputs regularizer=kl seed=0
-  spin-reg ls | cut -f1,4
-"""
 COLUMNS = ("run", "settings", "iterates", "heldout_nll", "best", "problem")
 NLL = "eval/heldout_nll"
 
@@ -43,14 +20,16 @@ def main(words: Sequence[str]) -> int:
     Raises:
         ConfigError: the folder does not exist, a word that it does not take, or a setting that no run has.
     """
-    parser = sheet.Words("ls", MANUAL)
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(list(words))
-    wanted = dict(word.split("=", 1) for word in given.words if "=" in word)
-    folders = [word for word in given.words if "=" not in word]
+    given = manual.parsed("ls", words)
+    wanted = dict(word.split("=", 1) for word in given.dir if "=" in word)
+    folders = [word for word in given.dir if "=" not in word]
     if len(folders) > 1:
-        parser.error(f"one folder, not {' and '.join(folders)}")
+        raise ConfigError(
+            "ls takes one folder.",
+            where=" ".join(folders),
+            why="each has a listing of its own",
+            todo=manual.usage("ls"),
+        )
     folder = existing(Path(folders[0] if folders else "outputs"))
     found, problems = read(survey.roots(folder))
     keys = {shown(key) for run in found for key in run.settings}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+POSITIONS = 64  # at which whole distributions are compared at a time
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -68,19 +70,42 @@ def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         (B, R) float32, nats; 0 on padding. Differentiable where grad is on.
     """
+    logits = _predicting(model, batch).float()
+    token_logits: Tensor = logits.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    logprobs: Tensor = token_logits - logits.logsumexp(dim=-1)
+    return logprobs.masked_fill(~batch.response_mask, 0.0)
+
+
+def _predicting(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, R, V): the logits *before* each response token, which predict it."""
     width = batch.response_ids.shape[1]
     kept = {"logits_to_keep": width + 1} if takes(model, "logits_to_keep") else {}
-    logits = model(
+    logits: Tensor = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
         **kept,
     ).logits
-    logits = logits[:, -(width + 1) : -1].float()  # the logits *before* a token predict it
-    token_logits: Tensor = logits.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
-    logprobs: Tensor = token_logits - logits.logsumexp(dim=-1)
-    return logprobs.masked_fill(~batch.response_mask, 0.0)
+    return logits[:, -(width + 1) : -1]
+
+
+def token_divergences(policy: nn.Module, other: nn.Module, batch: Batch) -> Tensor:
+    """KL(policy || other) of the next token's distribution before every response token, over the whole vocabulary:
+    sum_v p(v) (log p(v) - log q(v)).
+
+    Returns:
+        (B, R) float64, nats; 0 on padding.
+    """
+    made = [_predicting(model, batch) for model in (policy, other)]
+    some = [slice(start, start + POSITIONS) for start in range(0, batch.response_ids.shape[1], POSITIONS)]
+    kl = torch.cat([_divergence(*(logits[:, places] for logits in made)) for places in some], dim=1)
+    return kl.masked_fill(~batch.response_mask, 0.0)
+
+
+def _divergence(policy: Tensor, other: Tensor) -> Tensor:
+    p, q = (logits.float().log_softmax(dim=-1) for logits in (policy, other))
+    return (p.exp() * (p - q)).sum(dim=-1, dtype=torch.float64)
 
 
 def sequence_logprobs(model: nn.Module, batch: Batch) -> Tensor:

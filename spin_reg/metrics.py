@@ -19,6 +19,10 @@ HEALTHY = {  # what is not here has no side that is better by itself: margins, d
     "eval/heldout_nll": Healthy.low,
     "eval/heldout_nll_change": Healthy.low,
     "eval/heldout_real_logprob": Healthy.high,
+    "eval/preferred_to_base": Healthy.high,
+    "eval/exact_match": Healthy.high,
+    "eval/exact_match_answered": Healthy.high,
+    "eval/exact_match_change": Healthy.high,
     "eval/kl_data": Healthy.low,
     "eval/kl_data_reverse": Healthy.low,
     "eval/kl_off": Healthy.low,
@@ -26,6 +30,7 @@ HEALTHY = {  # what is not here has no side that is better by itself: margins, d
     "eval/stop_rate": Healthy.high,
     "eval/cutoff_share": Healthy.low,
 }
+EXACT_MATCH = ("eval/exact_match", "eval/exact_match_answered", "eval/exact_match_change")  # only where asked for
 KNOWN_LANGUAGE = ("eval/kl_data", "eval/kl_data_reverse", "eval/kl_off")  # only where p_data is known
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from spin_reg import harness, hub, sources
+from spin_reg import harness, hub, questions, sources
 from spin_reg.config import Config
 from spin_reg.plan import Sources
 from spin_reg.settings import Pretrained
@@ -22,7 +22,9 @@ def found(settings: Config, known: dict[str, Any]) -> Sources:
     if data is None:
         data = [sources.data_sha256(settings.dataset)]
     tasks = harness.tasks(settings.evaluation, known.get("tasks", {}))
-    return Sources(model=model[0], tokenizer=str(model[1]), data=data[0], commit=commit, tasks=tasks)
+    bench = settings.evaluation.mt_bench
+    asked = None if bench.questions is None else questions.asked(bench, settings.evaluation.judge.prompts)
+    return Sources(model[0], str(model[1]), data[0], commit, tasks, asked)
 
 
 def record(settings: Config, found: Sources, before: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
-from spin_reg import vetting
-from spin_reg.config import Config, all_keys, bad_value, config_error, unknown_key
+from spin_reg import manual, vetting
+from spin_reg.complaints import bad_value, config_error, unknown_key
+from spin_reg.config import Config, all_keys
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 
@@ -29,33 +30,21 @@ VALUED = {  # Hydra's flags that a value follows
 
 
 HELP = """\
-spin-reg train [key=value ...]    play the game: generate, score, train, evaluate, again and again
-
-Examples
-  spin-reg train regularizer=kl alpha=0.5
-  spin-reg train -m regularizer=kl alpha=0,0.25,0.5,1 'seed=range(3)'
-  spin-reg train -m alpha=0,0.5 hydra/launcher=joblib hydra.launcher.n_jobs=2 hardware.threads=1
-  spin-reg train -m hydra/sweeper=optuna objective=eval/heldout_nll 'alpha=interval(0,1)'
-  spin-reg train model=pretrained model.name_or_path=FOLDER dataset=jsonl dataset.path=FILE
-
-Sweeps (-m)
-  key=a,b   key=range(3)   key=interval(0,1) with Optuna. Every point has its own folder; what is the same is made once;
-  finished points are skipped, a failed one does not stop the others, and a table ends it. hydra/launcher=joblib,
-  submitit_local, submitit_slurm or ray (extras) runs points in parallel; spin-reg status --watch looks on.
-
-Groups (choose with group=option)
+{page}
+GROUPS (choose with group=option)
 {groups}
 
-Settings (change with key=value)
+SETTINGS (change with key=value)
 $CONFIG
 """
 
 
-def register_help(conf: Path) -> None:
-    """Hydra's --help with the groups that conf/ holds (its own listing would show the schemas too)."""
+def register_help(conf: Path, verb: str = "train") -> None:
+    """Hydra's --help: the verb's page, and the groups that conf/ holds (its own listing would show the schemas too)."""
     options = {group: sorted(path.stem for path in (conf / group).glob("*.yaml")) for group in GROUPS}
     groups = "\n".join(f"  {group}: {', '.join(names)}" for group, names in options.items())
-    node = {"app_name": "spin-reg", "header": "", "footer": "", "template": HELP.format(groups=groups)}
+    page = manual.page(verb).replace("$", "$$")
+    node = {"app_name": "spin-reg", "header": "", "footer": "", "template": HELP.format(page=page, groups=groups)}
     ConfigStore.instance().store(group="hydra/help", name="spin_reg", node=node)
 
 

@@ -1,18 +1,19 @@
 """The plan: a pure function from settings to the list of stages, each after what it needs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from spin_reg import opponents, policies
+from spin_reg import judges, opponents, policies
 from spin_reg.config import Config
 from spin_reg.corpora import Toy, published
 from spin_reg.opponents import Draw, Opponent, Pairs
+from spin_reg.roles import answers_role, generated_role, holds_scores, real_role, results_role
 from spin_reg.schedules import at
-from spin_reg.settings import KeepIterates, Pretrained
+from spin_reg.settings import Generation, KeepIterates, Pretrained
 from spin_reg.specs import (
     CHECKED,
     AnswersSpec,
     BaseSpec,
+    DivergenceSpec,
     EvaluateSpec,
     GenerateSpec,
     PairsSpec,
@@ -22,11 +23,6 @@ from spin_reg.specs import (
     SftSpec,
     Spec,
     Split,
-    TrainSpec,
-    answers_role,
-    generated_role,
-    holds_scores,
-    real_role,
 )
 from spin_reg.stage import Sources as Sources
 from spin_reg.stage import Stage as Stage
@@ -49,7 +45,6 @@ def plan(config: Config, sources: Sources) -> list[Stage]:
         if not late:
             builder.benchmarks(t)
         if t < last:
-            builder.pairs(t)
             builder.iterate(t + 1)
     for k in range(last + 1 if late else 0):
         builder.benchmarks(k)
@@ -69,6 +64,7 @@ class _Builder:
         return self.stages.setdefault(name, Stage(name, folder or name, spec, needs))
 
     def _opponent(self, t: int) -> Opponent:
+        assert self.config.regularizer is not None
         return self.config.regularizer.opponent(t)
 
     def data(self) -> Stage:
@@ -91,29 +87,12 @@ class _Builder:
         name = f"iteration-{t:02d}/train"
         if name in self.stages:
             return self.stages[name]
-        c, s = self.config, self.config.schedule
-        spec = TrainSpec(
-            t=t,
-            window=self._opponent(t).window,
-            reference=opponents.to_json(self._opponent(t).reference),
-            learning_rate=at(s.learning_rate, t),
-            beta=at(s.beta, t),
-            epochs=int(at(s.epochs, t)),
-            batch_size=s.batch_size,
-            optimizer=s.optimizer,
-            lr_scheduler=s.lr_scheduler,
-            warmup_ratio=s.warmup_ratio,
-            weight_decay=s.weight_decay,
-            max_grad_norm=s.max_grad_norm,
-            loss=c.loss,
-            lora=policies.adapter(c),
-            seed=c.seed,
-            policy=self.policy,
-            hardware=c.hardware,
-            save_every=s.save_every,
-        )
-        pairs = self.pairs(t)
-        needs = {"pairs": pairs, "model": self.iterate(t)} | self._own_scores(t, pairs)
+        spec = policies.training(self.config, t)
+        if self.config.loss.plays:
+            pairs = self.pairs(t)
+            needs = {"pairs": pairs, "model": self.iterate(t)} | self._own_scores(t, pairs)
+        else:
+            needs = {"data": self.data(), "model": self.iterate(t)}
         return self._add(name, spec, needs, folder=f"iterate-{t + 1:02d}/model")
 
     def _own_scores(self, t: int, pairs: Stage) -> dict[str, Stage]:
@@ -154,13 +133,20 @@ class _Builder:
         round_ = t if fresh else j
         return self._generate(j, Split.train, round_, self._draw(round_))
 
-    def _generate(self, k: int, split: Split, round_: int, draw: Draw | None, *, plain: bool = False) -> Stage:
-        c = self.config
-        sampling = replace(c.generation, temperature=1.0, top_p=1.0) if plain else c.generation
+    def _generate(
+        self,
+        k: int,
+        split: Split,
+        round_: int,
+        draw: Draw | None,
+        sampling: Generation | None = None,
+        most: int | None = None,
+    ) -> Stage:
+        """Answers of iterate k, drawn as in the game but for what `sampling` and `most` (tokens) say."""
+        c, sampling = self.config, sampling or self.config.generation
+        longest = most or policies.longest(c)
         name = f"iterate-{k:02d}/answers/{split}" + (f"-{round_:02d}" if split is Split.train else "")
-        longest = c.generation.max_new_tokens or c.dataset.max_response_tokens
-        if sampling != c.generation:
-            name += "-temperature1"
+        name += policies.drawn_otherwise(c, sampling, longest)
         if (k, split, round_) == (0, Split.train, 0) and published(c.dataset):
             return self._add(name, PublishedSpec(k, split, longest, c.model), {"data": self.data()})
         spec = GenerateSpec(
@@ -178,7 +164,19 @@ class _Builder:
 
     def heldout_answers(self, k: int, *, plain: bool = False) -> Stage:
         """One answer of iterate k to every held-out prompt; `plain`: at temperature 1 and top_p 1 whatever is set."""
-        return self._generate(k, Split.heldout, k, None, plain=plain)
+        return self._generate(k, Split.heldout, k, None, policies.sampling(self.config, 1.0) if plain else None)
+
+    def results(self, k: int) -> Stage:
+        """The held-out answers of iterate k whose results are compared with the real ones."""
+        exact = self.config.evaluation.exact_match
+        sampling = policies.sampling(self.config, exact.temperature)
+        return self._generate(k, Split.heldout, k, None, sampling, exact.max_new_tokens)
+
+    def divergence(self, k: int, other: int, own: Stage) -> Stage:
+        """KL(pi_k || pi_other) over the whole vocabulary along iterate k's own answers."""
+        spec = DivergenceSpec(k, other, self.config.evaluation.full_kl_prompts, self.policy, self.config.hardware)
+        needs = {"data": self.data(), "model": self.iterate(k), "other": self.iterate(other), "own": own}
+        return self._add(f"iterate-{k:02d}/divergence/from-{other:02d}-first-{spec.first}", spec, needs)
 
     def real(self, k: int, split: Split, first: int | None = None) -> Stage:
         """The stage that holds iterate k's log-probs of the real answers of a split."""
@@ -254,27 +252,35 @@ class _Builder:
         if not c.evaluation.enabled:
             return
         own = self.heldout_answers(k, plain=True)
-        others = [self.heldout_answers(j) for j in self._opponent(k - 1).window] if k > 0 else []
+        exact = c.evaluation.exact_match if c.evaluation.exact_match.regex is not None else None
+        results = {results_role(j): self.results(j) for j in (k, 0)} if exact is not None else {}
+        last = self._opponent(k - 1) if k > 0 and c.loss.plays else None
+        others = [] if last is None else [self.heldout_answers(j) for j in last.window]
         self.together(k, Split.heldout, [own, *others], real=True)
         needs = {"data": self.data(), "model": self.iterate(k), "own": own, "own_scores": self.generated(k, own)}
-        needs |= {real_role(j): self.real(j, Split.heldout) for j in {0, max(k - 2, 0), max(k - 1, 0), k}}
+        needs |= results | {real_role(j): self.real(j, Split.heldout) for j in range(k + 1)}
         if isinstance(c.dataset, Toy):
             needs["retained"] = self.real(k, Split.retained_heldout)
         game = None
-        if k > 0:
-            for j in self._opponent(k - 1).window:
+        if last is not None:
+            for j in last.window:
                 needs[generated_role(k, j)] = self.generated(k, self.heldout_answers(j))
             game, joined = self._game(k - 1, Split.heldout)
-            needs |= joined | {"own_scores_previous": self.generated(k - 1, own)}
+            needs |= joined
+        if k > 0:
+            needs["own_scores_previous"] = self.generated(k - 1, own)
             needs["own_scores_base"] = self.generated(0, own)
-        matches = self._matches(k)
+        if k > 0 and c.evaluation.full_kl:
+            needs |= {f"full_kl_{name}": self.divergence(k, j, own) for name, j in (("previous", k - 1), ("base", 0))}
+        matches = self._matches(k) if c.loss.plays else []
         spec = EvaluateSpec(
             k=k,
             game=game,
             matches=tuple(match for match, _ in matches),
-            beta=at(c.schedule.beta, k - 1) if k > 0 else None,
+            beta=None if last is None else at(c.schedule.beta, k - 1),
             length_norm=c.loss.length_norm,
             num_samples=c.evaluation.num_samples,
+            exact_match=exact,
             model=c.model,
             dataset=c.dataset,
         )
@@ -283,9 +289,10 @@ class _Builder:
         self._add(f"iterate-{k:02d}/evaluate", spec, needs)
 
     def benchmarks(self, k: int) -> None:
-        """Iterate k judged by each task of lm-eval that the settings name."""
+        """Iterate k judged by each task of lm-eval that the settings name, and by MT-Bench."""
         for spec in policies.benchmarks(self.config, self.sources.tasks, k):
             self._add(f"iterate-{k:02d}/benchmarks/{spec.words}", spec, {"model": self.iterate(k)})
+        judges.plan(self.config, self.sources.mt_bench, k, self._add, self.iterate)
 
     def _matches(self, k: int) -> list[tuple[PairsSpec, dict[str, Stage]]]:
         """The entries of the cross-play matrix that iterate k adds, and what each needs: with `evaluation.crossplay`

@@ -1,11 +1,14 @@
-"""How the iterates of a run are loaded, what of them is trained, and by which tasks they are judged."""
+"""How the iterates of a run are loaded, trained and sampled from, and by which tasks they are judged."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from spin_reg import opponents
 from spin_reg.benchmarks import TaskFiles
 from spin_reg.config import Config
-from spin_reg.settings import Dtype, Lora, Precision, Pretrained, Quantize
-from spin_reg.specs import BenchmarkSpec, Policy
+from spin_reg.schedules import at
+from spin_reg.settings import Dtype, Generation, Lora, Precision, Pretrained, Quantize
+from spin_reg.specs import BenchmarkSpec, Policy, TrainSpec
 
 
 def policy(config: Config) -> Policy:
@@ -21,6 +24,50 @@ def adapter(config: Config) -> Lora | None:
     """The adapter that is trained; None where all weights are."""
     lora = config.model.lora if isinstance(config.model, Pretrained) else None
     return lora if lora is not None and lora.rank > 0 else None
+
+
+def training(config: Config, t: int) -> TrainSpec:
+    """How iteration t trains."""
+    rule, schedule = config.regularizer, config.schedule
+    opponent = None if rule is None else rule.opponent(t)
+    return TrainSpec(
+        t=t,
+        window=() if opponent is None else opponent.window,
+        reference=None if opponent is None else opponents.to_json(opponent.reference),
+        learning_rate=at(schedule.learning_rate, t),
+        beta=None if opponent is None else at(schedule.beta, t),
+        epochs=int(at(schedule.epochs, t)),
+        batch_size=schedule.batch_size,
+        optimizer=schedule.optimizer,
+        lr_scheduler=schedule.lr_scheduler,
+        warmup_ratio=schedule.warmup_ratio,
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=schedule.max_grad_norm,
+        loss=config.loss,
+        lora=adapter(config),
+        seed=config.seed,
+        policy=policy(config),
+        hardware=config.hardware,
+        save_every=schedule.save_every,
+    )
+
+
+def sampling(config: Config, temperature: float) -> Generation:
+    """Answers of the policy itself at a temperature, without a nucleus, whatever the game draws."""
+    return replace(config.generation, temperature=temperature, top_p=1.0)
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest answer in the game."""
+    return config.generation.max_new_tokens or config.dataset.max_response_tokens
+
+
+def drawn_otherwise(config: Config, sampled: Generation, most: int) -> str:
+    """What the name of a folder with answers adds where they are not drawn as in the game."""
+    cut = "" if most == longest(config) else f"-upto{most}"
+    if sampled == config.generation:
+        return cut
+    return (f"-temperature{sampled.temperature}".removesuffix(".0") if sampled.temperature else "-greedy") + cut
 
 
 def benchmarks(config: Config, tasks: Mapping[str, TaskFiles], k: int) -> list[BenchmarkSpec]:

@@ -28,11 +28,16 @@ def found(text: str) -> str | None:
     return "credentials in a URL" if USERINFO.search(text) or QUERY.search(text) else None
 
 
+def named_secret(name: str) -> bool:
+    """Whether an environment variable of this name is taken to hold a secret."""
+    return any(word in name.upper() for word in NAMES)
+
+
 def _held() -> dict[str, str]:
     """The secrets in the environment, each with the variable that holds it."""
     held: dict[str, str] = {}
     for name, value in os.environ.items():
-        secrets = [value] if any(word in name.upper() for word in NAMES) else []
+        secrets = [value] if named_secret(name) else []
         for user in USERINFO.findall(value):
             secrets += [user, user.rpartition(":")[2]]
         held |= {secret: name for secret in secrets if len(secret) >= SHORTEST and not _is_path(secret)}

@@ -67,6 +67,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
     return _ids(tokenizer, _text(tokenizer, messages, add_generation_prompt=True))
 
 
+def asked_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """`prompt_ids` of a prompt that may be anybody's: the ids that a row of data with this prompt would have.
+
+    Raises:
+        Unusable: a text holds a control token; the template refuses the prompt, or drops or rewrites a text.
+    """
+    _refuse_controls(tokenizer, messages, ())
+    asked = _text(tokenizer, messages, add_generation_prompt=True)
+    _refuse_lost_prompt([*messages, {"role": "assistant", "content": ""}], asked)
+    return _ids(tokenizer, asked)
+
+
 @lru_cache(maxsize=1)
 def _controls(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, str], dict[str, list[str]]]:
     """The tokenizer's control tokens: their texts by id, and by the first two characters (which most texts lack)."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ from spin_reg import durable, metrics, rundir
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.settings import Schedule
-from spin_reg.specs import BenchmarkSpec, EvaluateSpec, TrainSpec
+from spin_reg.specs import BenchmarkSpec, ConverseSpec, EvaluateSpec, JudgeSpec, QuestionsSpec, TrainSpec
 from spin_reg.stage import Stage
 
 Values = dict[str, float]
+Late = BenchmarkSpec | ConverseSpec | JudgeSpec  # what may stand at the end of a plan
 STOPPED = "stopped.json"
 
 
@@ -28,9 +30,14 @@ def evaluations(stages: list[Stage], there: set[str]) -> set[str]:
                 keep(need)
 
     for stage in stages:
-        if isinstance(stage.spec, EvaluateSpec | BenchmarkSpec) and stage.needs["model"].name in there:
+        if isinstance(stage.spec, EvaluateSpec | Late) and judged_model(stage).name in there:
             keep(stage)
     return kept
+
+
+def judged_model(stage: Stage) -> Stage:
+    """The stage that made the iterate which a stage judges."""
+    return stage.needs["model"] if "model" in stage.needs else stage.needs["answers"].needs["model"]
 
 
 def _read(root: Path, k: int, name: str) -> Any:
@@ -52,6 +59,17 @@ def crossplay(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
     """A[i, j] by (i, j), as far as it is known: see `stages.evaluate.crossplay`."""
     entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "crossplay.json") or []]
     return {(entry["discriminator"], entry["answers"]): entry for entry in entries}
+
+
+def samples(root: Path, iterations: int) -> list[dict[str, Any]]:
+    """The first held-out prompts with their real answers and those of every iterate, in order."""
+    return [row for k in range(iterations + 1) for row in _read(root, k, "samples.json") or []]
+
+
+def preferences(root: Path, iterations: int) -> dict[tuple[int, int], Values]:
+    """How often iterate k gives real answers the higher log-prob than iterate j, by (k, j): see `stages.evaluate`."""
+    entries = [entry for k in range(iterations + 1) for entry in _read(root, k, "preferences.json") or []]
+    return {(entry["iterate"], entry["over"]): entry for entry in entries}
 
 
 def objective(root: Path, name: str | None) -> float | None:
@@ -117,7 +135,13 @@ def until(stages: Sequence[Stage], k: int) -> list[bool]:
     to k: benchmarks may stand at the end of a plan.
     """
     end = next(i for i, s in enumerate(stages) if isinstance(s.spec, EvaluateSpec) and s.spec.k == k)
-    return [i <= end or (isinstance(s.spec, BenchmarkSpec) and s.spec.k <= k) for i, s in enumerate(stages)]
+    return [i <= end or _late(s) <= k for i, s in enumerate(stages)]
+
+
+def _late(stage: Stage) -> float:
+    """The iterate that a stage judges, or 0 where it is for all; infinite where it is no such stage."""
+    judges_all = isinstance(stage.spec, QuestionsSpec)
+    return 0 if judges_all else stage.spec.k if isinstance(stage.spec, Late) else inf
 
 
 def recorded(root: Path, stopped: Stop | None) -> bool:
@@ -127,7 +151,7 @@ def recorded(root: Path, stopped: Stop | None) -> bool:
 
 
 def record(root: Path, stopped: Stop | None) -> None:
-    """Write, or take away, the run folder's word of an early end; it is for people, nothing is read from it."""
+    """Write, or take away, the run folder's word of an early end; it is for people and their report alone."""
     if stopped is None:
         durable.remove(root / STOPPED)
     elif not recorded(root, stopped):

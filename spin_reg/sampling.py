@@ -55,12 +55,16 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
 
     Args:
         logits: (B, V). points: (B,) uniform in [0, 1).
-        temperature: divides the logits. top_p: keep the smallest set of most likely tokens with at least this mass.
+        temperature: divides the logits; 0 takes the likeliest token, the first of equals, and uses no point.
+        top_p: keep the smallest set of most likely tokens with at least this mass.
 
     Returns:
         (B,) int64 tokens, -1 where the logits are no distribution (a NaN, or nothing finite); and (B,) float64, the
         log-prob of each in the distribution that it was drawn from.
     """
+    if temperature == 0:
+        most, likeliest = logits.float().max(dim=-1)
+        return likeliest.masked_fill(~most.isfinite(), -1), torch.zeros_like(most, dtype=torch.float64)
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
     mass = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()  # not normalised
     if top_p < 1:

@@ -60,6 +60,7 @@ class LossName(StrEnum):
     hinge = "hinge"
     exponential = "exponential"
     ipo = "ipo"
+    sft = "sft"
 
 
 class Quantize(StrEnum):
@@ -212,7 +213,8 @@ class Schedule:
         positive(schedule__save_every=self.save_every)
         self.epochs = per_iteration("schedule.epochs", self.epochs, low=1, whole=True)
         self.learning_rate = per_iteration("schedule.learning_rate", self.learning_rate, low=0, open_low=True)
-        self.beta = per_iteration("schedule.beta", self.beta, low=0, open_low=True)
+        if self.beta is not None:  # null: of a loss without an opponent, which `config.load` sees to
+            self.beta = per_iteration("schedule.beta", self.beta, low=0, open_low=True)
         self.stop_when = rule("schedule.stop_when", self.stop_when)
         ok = 0 <= self.warmup_ratio <= 1
         check(ok, f"schedule.warmup_ratio={self.warmup_ratio}: give a share of the steps, 0 to 1")
@@ -227,10 +229,18 @@ class Loss:
     name: LossName = LossName.logistic
     length_norm: LengthNorm = LengthNorm.none
 
+    @property
+    def plays(self) -> bool:
+        """Whether there is an opponent: `sft` fits the real answers alone."""
+        return self.name is not LossName.sft
+
 
 @dataclass
 class Generation:
-    """How answers are drawn; `max_new_tokens` null means `dataset.max_response_tokens`."""
+    """How answers are drawn; `max_new_tokens` null means `dataset.max_response_tokens`.
+
+    Temperature 0 takes the likeliest token each time: for evaluations alone, `config.load` refuses it for the game.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -238,7 +248,7 @@ class Generation:
     batch_size: int = runtime(32)
 
     def __post_init__(self) -> None:
-        ok = math.isfinite(self.temperature) and self.temperature > 0
+        ok = math.isfinite(self.temperature) and self.temperature >= 0
         check(ok, f"generation.temperature={self.temperature}: give a number above 0 (1 samples the policy itself)")
         check(0 < self.top_p <= 1, f"generation.top_p={self.top_p}: give a number above 0, up to 1")
         positive(generation__max_new_tokens=self.max_new_tokens, generation__batch_size=self.batch_size)

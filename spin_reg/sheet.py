@@ -1,12 +1,9 @@
-"""Tables for people in a terminal, and lines of tab-separated cells for programs; and the words that a verb takes."""
+"""Tables for people in a terminal, and lines of tab-separated cells for programs."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
-
-from spin_reg.errors import ConfigError
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
@@ -53,22 +50,3 @@ def part(title: str) -> None:
 def show_json(value: Any, *, line: bool = False) -> None:
     """Print a value as JSON, on one line or indented."""
     print(json.dumps(value, indent=None if line else 1, ensure_ascii=False))
-
-
-class Words(argparse.ArgumentParser):
-    """argparse with a manual of our own and errors of ours."""
-
-    def __init__(self, verb: str, manual: str) -> None:
-        super().__init__(prog=f"spin-reg {verb}", allow_abbrev=False)
-        self._verb, self._manual = verb, manual
-
-    def format_help(self) -> str:
-        return self._manual
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(
-            f"{self._verb} does not take this.",
-            where=f"spin-reg {self._verb}",
-            why=message,
-            todo=f"spin-reg {self._verb} --help",
-        )

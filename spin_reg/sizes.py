@@ -140,8 +140,11 @@ def _gguf_positions(path: Path) -> int | None:
         raise sources.unreadable_weights(path, error) from error
 
 
-def check_positions(model: Model, dataset: Dataset, generation: Generation) -> None:
+def check_positions(model: Model, dataset: Dataset, generation: Generation, matched: int | None = None) -> None:
     """A prompt at its limit with an answer at its limit, real or generated, must fit the model's positions.
+
+    Args:
+        matched: tokens of an answer that is drawn for exact match, where that has a limit of its own.
 
     Raises:
         ConfigError: it does not; learned positions would end in an IndexError, rotary ones in worse and worse text.
@@ -149,6 +152,7 @@ def check_positions(model: Model, dataset: Dataset, generation: Generation) -> N
     room = positions(model)
     answers = {"dataset.max_response_tokens": dataset.max_response_tokens}
     answers["generation.max_new_tokens"] = generation.max_new_tokens or dataset.max_response_tokens
+    answers["evaluation.exact_match.max_new_tokens"] = matched or 0
     key = max(answers, key=lambda name: answers[name])
     needed = dataset.max_prompt_tokens + answers[key]
     if room is not None and needed > room:

@@ -6,9 +6,15 @@ from enum import StrEnum
 from typing import Any, ClassVar
 
 from spin_reg.corpora import Dataset
+from spin_reg.exact import ExactMatch
+from spin_reg.judged import BenchmarkSpec as BenchmarkSpec
+from spin_reg.judged import ConverseSpec as ConverseSpec
+from spin_reg.judged import JudgeSpec as JudgeSpec
+from spin_reg.judged import QuestionsSpec as QuestionsSpec
+from spin_reg.kept import Kept as Kept
+from spin_reg.kept import Policy as Policy
 from spin_reg.opponents import Draw
 from spin_reg.settings import (
-    Dtype,
     Generation,
     Hardware,
     LengthNorm,
@@ -18,7 +24,6 @@ from spin_reg.settings import (
     Model,
     Optimizer,
     Pretrained,
-    Quantize,
     Sft,
     runtime,
 )
@@ -33,29 +38,6 @@ class Split(StrEnum):
     heldout = "heldout"
     retained_train = "retained_train"
     retained_heldout = "retained_heldout"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How an iterate's folder is loaded: the dtype on disk is the dtype in use."""
-
-    dtype: Dtype
-    attn_implementation: str | None
-    layout: tuple[int | None, ...] | None  # batch sizes, where arithmetic is so coarse that they change results
-    quantize: Quantize = Quantize.none
-    trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
-
-
-class Kept:
-    """How a finished stage is treated.
-
-    Attributes:
-        precious: damaged files are refused by name; those of other stages are made again.
-        remade: other settings or inputs make it anew; for other stages they are refused.
-    """
-
-    precious: ClassVar[bool] = False
-    remade: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -206,7 +188,9 @@ class PairsSpec(Kept):
 
 @dataclass(frozen=True)
 class TrainSpec(Kept):
-    """One iteration's training: iterate t + 1 from iterate t. `window` and `reference` are those of its pairs."""
+    """One iteration's training: iterate t + 1 from iterate t. `window` and `reference` are those of its pairs; a loss
+    without an opponent has neither them nor a beta, and is given the real answers.
+    """
 
     kind: ClassVar[str] = "train"
     version: ClassVar[int] = 2
@@ -216,7 +200,7 @@ class TrainSpec(Kept):
     window: tuple[int, ...]
     reference: Any
     learning_rate: float
-    beta: float
+    beta: float | None
     epochs: int
     batch_size: int
     optimizer: Optimizer
@@ -234,14 +218,14 @@ class TrainSpec(Kept):
 
 @dataclass(frozen=True)
 class EvaluateSpec(Kept):
-    """What is reported of iterate k, from tables alone; `game` is None for the base, which played none.
+    """What is reported of iterate k, from tables alone; `game` is None for an iterate that played none.
 
     `matches`: each what iteration t played, against the answers of one iterate, so that iterate t + 1 is the
-    discriminator.
+    discriminator. `exact_match`: how the answers of the inputs `results/KK` are compared with the real ones, if at all.
     """
 
     kind: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     remade: ClassVar[bool] = True  # evaluation settings are no part of a run's identity: others make it anew
 
     k: int
@@ -250,60 +234,25 @@ class EvaluateSpec(Kept):
     beta: float | None
     length_norm: LengthNorm
     num_samples: int
+    exact_match: ExactMatch | None
     model: Model = field(metadata={"runtime": True})  # only its tokenizer matters here, and the data have that
     dataset: Dataset = field(metadata={"runtime": True})  # it is part of what the data are
 
 
 @dataclass(frozen=True)
-class BenchmarkSpec(Kept):
-    """Iterate k judged by one task of lm-eval, in a process of its own.
+class DivergenceSpec(Kept):
+    """KL(pi_k || pi_other) over the whole vocabulary, along iterate k's own answers to the `first` held-out prompts."""
 
-    `files`: SHA-256 of the task's files. `local`: they are all on this machine, so no network is used.
-    """
-
-    kind: ClassVar[str] = "benchmark"
+    kind: ClassVar[str] = "divergence"
     version: ClassVar[int] = 1
-    remade: ClassVar[bool] = True
 
     k: int
-    task: str
-    num_fewshot: int | None
-    apply_chat_template: bool
-    limit: int | None
-    files: str | None
-    dtype: Dtype
-    attn_implementation: str | None
-    trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
-    local: bool = runtime(False)
-    include_path: str | None = runtime(None)
-    batch_size: int = runtime(8)
-
-    @property
-    def words(self) -> str:
-        """The task and how it is given, as a folder's name: another way lies in another folder."""
-        shots = "" if self.num_fewshot is None else f"-{self.num_fewshot}shot"
-        return self.task + shots + "-chat" * self.apply_chat_template + (f"-first{self.limit}" if self.limit else "")
+    other: int
+    first: int
+    policy: Policy
+    hardware: Hardware
 
 
 AnswersSpec = GenerateSpec | PublishedSpec
-Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | EvaluateSpec | BenchmarkSpec
-
-
-def answers_role(j: int) -> str:
-    """The input that holds answers of iterate j."""
-    return f"answers/{j:02d}"
-
-
-def real_role(k: int) -> str:
-    """The input that holds iterate k's log-probs of real answers."""
-    return f"real/{k:02d}"
-
-
-def holds_scores(role: str) -> bool:
-    """Whether an input is one of log-probs."""
-    return role.startswith(("real/", "generated/"))
-
-
-def generated_role(k: int, j: int) -> str:
-    """The input that holds iterate k's log-probs of the answers of iterate j."""
-    return f"generated/{k:02d}-{j:02d}"
+Judged = EvaluateSpec | DivergenceSpec | BenchmarkSpec | ConverseSpec | JudgeSpec
+Spec = PrepareSpec | BaseSpec | SftSpec | AnswersSpec | ScoreSpec | PairsSpec | TrainSpec | Judged | QuestionsSpec

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from spin_reg.benchmarks import TaskFiles
 from spin_reg.fingerprint import digest, identity
+from spin_reg.mt_bench import Asked
 from spin_reg.specs import Spec
 
 
@@ -13,7 +14,7 @@ from spin_reg.specs import Spec
 class Sources:
     """What the settings point at, by content: None where it is made on the spot. `commit`: of a model of the Hub.
 
-    `tasks`: of lm-eval, by name.
+    `tasks`: of lm-eval, by name. `mt_bench`: its questions, and what the judge is told.
     """
 
     model: str | None
@@ -21,6 +22,7 @@ class Sources:
     data: str | None
     commit: str | None = None
     tasks: Mapping[str, TaskFiles] = field(default_factory=dict)
+    mt_bench: Asked | None = None
 
 
 @dataclass(frozen=True)

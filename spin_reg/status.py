@@ -6,44 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spin_reg import sheet, survey
+from spin_reg import manual, sheet, survey
 from spin_reg.errors import ConfigError
 from spin_reg.pace import duration, human
 from spin_reg.survey import Member, Seen
 
 EVERY = 2.0  # seconds between two looks with --watch
-MANUAL = """\
-spin-reg status [DIR] [--watch] [--json]    how far runs are
-
-DIR is a folder of runs (default: outputs), which gives one line a run, or a run's own folder, which adds the family
-tree of its iterates: for each who gave the answers that it was trained on, against which reference (the formula of
-log r), and what was taken over from other runs. Only files are read, so it works while runs are made, on whatever
-machine, and after them.
-
-  run           the folder's name
-  state         running; finished; stopped (by a signal) or interrupted (killed): the same command goes on; failed: see
-                error; damaged: run.json cannot be read
-  iterates      made, the base included, of those that the run will have
-  stages        made, of those of its plan
-  at work       the stage, and how far it is; rate: units a second
-  left          time that the whole run may still take, at the pace so far of each kind of stage; > where one
-                was not timed yet
-  disk          of the folder; "shared" is what other runs hold too (hard links), and is on disk once
-  heldout_nll   of the newest iterate that was evaluated
-  error         why the last call ended early; all of it stands in run.log
-
-Options
-  --watch       look again every two seconds, till Ctrl-C
-  --json        all of it for programs: {"folder", "runs": [...]}, every run with the same keys, null where something is
-                not known; "tree" is null where DIR holds several runs; with --watch one object a line
-
-In a terminal it draws a table (NO_COLOR=1: without colours); piped it prints a line a run, cells between tabs.
-
-Examples
-  spin-reg status
-  spin-reg status outputs/RUN --watch
-  spin-reg status --json | jq -r '.runs[] | select(.state == "failed") | .path'
-"""
 COLUMNS = ("run", "state", "iterates", "stages", "at work", "rate", "left", "disk", "heldout_nll", "error")
 NUMBERS = ("iterates", "stages", "rate", "left", "disk", "heldout_nll")
 
@@ -54,12 +22,8 @@ def main(words: Sequence[str]) -> int:
     Raises:
         ConfigError: the folder does not exist, or a word that it does not take.
     """
-    parser = sheet.Words("status", MANUAL)
-    parser.add_argument("folder", nargs="?", default="outputs", type=Path)
-    parser.add_argument("--watch", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(list(words))
-    folder = existing(given.folder)
+    given = manual.parsed("status", words)
+    folder = existing(Path(given.dir or "outputs"))
     try:
         while True:
             seen = [survey.look(root) for root in survey.roots(folder)]

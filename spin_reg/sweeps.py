@@ -184,6 +184,9 @@ def close(place: Path, same: frozenset[str]) -> int:
     if any(said.unread for said in found):
         raise BrokenPipeError
     shown = points.table(found, same)
+    roots = list(dict.fromkeys(Path(said.root) for said in found if said.root is not None and not said.code))
+    if len(roots) > 1:
+        cli.page_after(roots)
     for number in lost:
         print(f"spin-reg: point {number} ended without a word; what its process said: {place}", file=sys.stderr)
     codes = [said.code for said in found]

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any, overload
 
@@ -55,6 +56,17 @@ SCORES = pa.schema(
         ("token_logprobs", pa.list_(pa.float32())),  # of held-out answers only, else null
     ]
 )
+CONVERSATIONS = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("category", pa.string()),
+        ("temperature", pa.float64()),
+        ("answers", pa.list_(pa.string())),  # one a turn, as the next two
+        ("finish_reasons", pa.list_(pa.string())),
+        ("tokens", pa.list_(pa.int32())),
+    ]
+)
+DIVERGENCES = pa.schema([("example_id", pa.string()), ("kl", pa.float64())])
 PAIRS = pa.schema(
     [
         ("example_id", pa.string()),
@@ -108,7 +120,7 @@ class Rows(Sequence[Row]):
         return [self._row(k) for k in there[i]] if isinstance(i, slice) else self._row(there[i])
 
 
-def read(*paths: Path, columns: Sequence[str] | None = None, kept: int = IN_ORDER) -> Rows:
+def read(*paths: Path | BytesIO, columns: Sequence[str] | None = None, kept: int = IN_ORDER) -> Rows:
     """The rows of one or more Parquet files, one file after the other.
 
     Args:

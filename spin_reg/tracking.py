@@ -130,7 +130,7 @@ class WandbMirror:
 
     def log(self, index: int, row: dict[str, Any]) -> None:
         if "iterate" in row:
-            self._judged[row["iterate"]] = row
+            self._judged[row["iterate"]] = self._judged.get(row["iterate"], {}) | row  # a judge's row comes after
             self._artifact(row["iterate"])  # it has no step, and W&B keeps equal ones once
         if index < self.first:
             return

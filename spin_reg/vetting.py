@@ -10,7 +10,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from spin_reg import redact
-from spin_reg.config import holds_a_secret
+from spin_reg.complaints import holds_a_secret
 from spin_reg.errors import ConfigError
 
 TARGET = "_target_"

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin_reg import adapters, checkpoint, iterates, models, sizes
-from spin_reg.logprobs import collate, sequence_logprobs
-from spin_reg.settings import Dtype, Lora, Pretrained, Quantize
-from spin_reg.specs import Policy
+from spin_reg.context import Context
+from spin_reg.logprobs import collate, sequence_logprobs, token_divergences
+from spin_reg.settings import Dtype, Hardware, Lora, Precision, Pretrained, Quantize
+from spin_reg.specs import DivergenceSpec, Policy
+from spin_reg.stages import divergence
 
 OWN = [word for word in SMALL if not word.startswith("model.")]
 FP32 = Policy(Dtype.float32, None, None)
@@ -129,6 +131,7 @@ def test_one_base_in_memory_while_iterates_change(made: Path, monkeypatch: pytes
     iterates.forget()
 
 
+@pytest.mark.slow
 def test_equal_runs_make_equal_adapters(base: Path, made: Path, command: Command, tmp_path: Path) -> None:
     more = ["regularizer=fictitious_play", "schedule.iterations=1"]
     for name, extra in (("a", []), ("b", ["seed=1"])):
@@ -297,3 +300,22 @@ def test_a_merged_export_is_the_iterate(made: Path, command: Command, tmp_path: 
     iterates.forget()
     again = command("export", str(made), "--iterate", "2", "--to", str(tmp_path / "out"))
     assert again.code == 2 and "not empty" in again.err
+
+
+def test_two_adapters_over_one_base_are_compared_over_the_whole_vocabulary(made: Path, tmp_path: Path) -> None:
+    """Each model with its own adapter; the values are those of the merged models."""
+    inputs = {"data": made / "data", "own": made / "iterate-02/answers/heldout"}
+    inputs |= {"model": made / "iterate-02/model", "other": made / "iterate-01/model"}
+    found = {}
+    for precision in Precision:
+        out = tmp_path / precision
+        out.mkdir()
+        divergence.run(DivergenceSpec(2, 1, 5, FP32, Hardware(precision=precision)), inputs, out, Context())
+        found[precision] = pq.read_table(out / "divergences.parquet").column("kl").to_pylist()
+    rows = list(divergence.answered(DivergenceSpec(2, 1, 5, FP32, Hardware()), inputs))
+    both = [iterates.whole(inputs[role], FP32).model for role in ("model", "other")]
+    with torch.no_grad():
+        batch = collate([row["prompt_ids"] for row in rows], [row["generated_ids"] for row in rows])
+        wanted = token_divergences(*both, batch).sum(1).tolist()
+    assert found[Precision.fp32] == pytest.approx(wanted, rel=1e-3, abs=1e-5) and min(wanted) > 1e-3
+    assert found[Precision.bf16] == pytest.approx(wanted, rel=0.3, abs=0.02)

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 
 from spin_reg import config, estimate, iterates, launch, overrides, rundir, tables
 from spin_reg.plan import Sources, Stage, plan
-from spin_reg.specs import CHECKED, GenerateSpec, ScoreSpec, Split, answers_role
+from spin_reg.roles import answers_role
+from spin_reg.specs import CHECKED, GenerateSpec, ScoreSpec, Split
 
 N, ITERATIONS = 2000, 10
 NAMES = [f"train-{i:05d}" for i in range(N)]
@@ -146,6 +147,7 @@ def sweep(rows: dict[Split, int], *words: str) -> float:
     return tokens(list(once.values()), rows) / sum(tokens(run, rows) for run in runs)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_five_alphas_is_at_most_60_percent_of_five_runs() -> None:
     """The default toy: SFT and iteration 0 are made once, and iterate 1 answers and scores once."""
     rows = {Split.train: 1024, Split.retained_train: 1024, Split.heldout: 512, Split.retained_heldout: 512}

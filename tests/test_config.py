@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from spin_reg import config, overrides
 from spin_reg.config import Config
+from spin_reg.errors import ConfigError
 
 CONF = ROOT / "conf"
 GROUPS = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "experiment"]
@@ -20,6 +23,7 @@ OPTIONS = sorted(
     str(p.relative_to(CONF).with_suffix("")) for g in [*GROUPS, "experiment"] for p in CONF.glob(f"{g}/*.yaml")
 )
 MUST_GIVE = {
+    "evaluation/mt_bench": ["evaluation.judge.model=m", "evaluation.judge.base_url=http://h/v1"],
     "model/pretrained": ["model.name_or_path=x"],
     "dataset/jsonl": ["dataset.path=x.jsonl"],
     "dataset/hub": ["dataset.path=a/b"],
@@ -27,11 +31,11 @@ MUST_GIVE = {
 }
 
 
-def composed(*words: str, sweep: bool = False) -> Config:
+def composed(*words: str, sweep: bool = False, given: Sequence[str] = ()) -> Config:
     config.register()
     overrides.register_help(CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.load(compose("config", list(words)), sweep=sweep)
+        return config.load(compose("config", list(words)), sweep=sweep, given=given)
 
 
 def test_all_options_are_seen() -> None:
@@ -49,7 +53,7 @@ def test_every_option_composes_and_loads(option: str) -> None:
 def test_no_schema_shows_up_as_a_choice(command: Command) -> None:
     help_text = command("train", "--help").out
     assert "regularizer: base, fictitious_play, kl, mixture_of_two, none" in help_text
-    assert "schema/regularizer" not in help_text.split("Settings")[0]
+    assert "schema/regularizer" not in help_text.split("SETTINGS")[0]
 
 
 def test_same_settings_same_folder() -> None:
@@ -88,6 +92,14 @@ BAD = [
     (["regularizer=mixture_of_two", "regularizer.reference=mean"], "regularizer.reference"),
     (["loss.length_norm=mean"], "normalised"),
     (["regularizer=fictitious_play", "regularizer.reference=geometric", "loss.length_norm=mean"], "normalised"),
+    (["loss=sft", "regularizer=kl"], "no opponent"),
+    (["loss=sft", "regularizer.alpha=0.3"], "no opponent"),
+    (["alpha=0.5", "loss=sft"], "no opponent"),
+    (["loss=sft", "schedule.beta=2"], "schedule.beta=2"),
+    (["loss=sft", "loss.length_norm=mean"], "no opponent"),
+    (["loss=sft", "generation.temperature=0.7"], "no opponent"),
+    (["loss=sft", "evaluation.crossplay=true"], "no opponent"),
+    (["schedule.beta=null"], "above 0"),
     (["schedule.learning_rate=0"], "above 0"),
     (["schedule.beta=[0.1,0]"], "above 0"),
     (["schedule.epochs=1.5"], "whole number"),
@@ -133,6 +145,34 @@ def test_in_a_sweep_an_alpha_that_one_arm_does_not_take_is_let_pass(caplog: pyte
     one, two = (composed("regularizer=none", f"alpha={alpha}", sweep=True) for alpha in (0.1, 0.5))
     assert config.run_name(one) == config.run_name(two)  # equal points run once
     assert "alpha=0.5 is ignored" in caplog.text
+
+
+def test_what_acts_through_an_opponent_is_no_part_of_a_run_without_one(caplog: pytest.LogCaptureFixture) -> None:
+    plainly = composed("loss=sft")
+    assert config.run_name(plainly).startswith("tiny-toy-sft-seed0-")
+    others = ["regularizer=none", "alpha=0.1", "schedule.beta=3", "generation.top_p=0.9", "evaluation.crossplay=true"]
+    for word in others:
+        assert composed("loss=sft", word, sweep=True, given=["loss=sft", word]) == plainly
+        assert f"{word}: ignored here" in caplog.text
+    assert len(caplog.records) == len(others)
+    other = composed("loss=sft", "schedule.learning_rate=1e-3", given=["loss=sft", "schedule.learning_rate=1e-3"])
+    assert config.run_name(other) != config.run_name(plainly) != config.run_name(composed())
+
+
+def test_an_experiment_may_be_played_without_its_opponent() -> None:
+    """Its regularizer was not typed: it stands there for the game."""
+    words = ["experiment=alpha_spin", "loss=sft"]
+    found, spin = composed(*words, given=words), composed("experiment=spin", "loss=sft")
+    assert found == spin and found.regularizer is None
+
+
+def test_a_game_needs_an_opponent() -> None:
+    config.register()
+    overrides.register_help(CONF)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("config", [])
+    with pytest.raises(ConfigError, match="needs an opponent"):
+        config.load(OmegaConf.merge(whole, {"regularizer": None}))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "regularizer.alfa=1"], ["train", "--cfg", "job"], ["plan"]])

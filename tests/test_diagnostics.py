@@ -101,6 +101,40 @@ def test_distinct_counts_n_grams_within_answers() -> None:
     assert diagnostics.distinct([[5]], 2) == 0.0
 
 
+def test_preferred_counts_ties_half() -> None:
+    found = diagnostics.preferred("x", [-1.0, -2.0, -3.0, -4.0], [-2.0, -1.0, -3.0, -5.0])
+    assert found == pytest.approx(diagnostics.mean("x", [1.0, 0.0, 0.5, 1.0])) and found["x"] == 0.625
+    u, v = RNG.normal(size=(2, 50))
+    one, other = (diagnostics.preferred("x", *both) for both in ((u, v), (v, u)))
+    assert one["x"] + other["x"] == pytest.approx(1.0) and one["x_se"] == pytest.approx(other["x_se"])
+    assert diagnostics.preferred("x", u, u) == {"x": 0.5, "x_se": 0.0}
+
+
+def bleu(answer: list[int], others: list[list[int]]) -> float:
+    """From the definition, every reference looked at."""
+
+    def grams(ids: list[int], n: int) -> list[tuple[int, ...]]:
+        return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+
+    precisions = []
+    for n in range(1, min(4, len(answer)) + 1):
+        mine = grams(answer, n)
+        kept = sum(min(mine.count(g), max(grams(other, n).count(g) for other in others)) for g in set(mine))
+        precisions.append(max(kept, 0.1) / len(mine))
+    nearest = min((len(other) for other in others), key=lambda r: (abs(r - len(answer)), r))
+    return float(min(1.0, math.exp(1 - nearest / len(answer))) * np.prod(precisions) ** (1 / len(precisions)))
+
+
+def test_self_bleu_is_the_mean_bleu_against_the_others() -> None:
+    answers = [RNG.integers(0, 4, size=n).tolist() for n in (1, 2, 3, 5, 8, 8, 13, 21, 3, 30)]
+    wanted = [bleu(answer, answers[:i] + answers[i + 1 :]) for i, answer in enumerate(answers)]
+    assert diagnostics.self_bleu(answers)["eval/self_bleu"] == pytest.approx(np.mean(wanted), rel=1e-12)
+    assert diagnostics.self_bleu([[1, 2, 3, 4, 5]] * 3)["eval/self_bleu"] == pytest.approx(1.0)
+    apart = diagnostics.self_bleu([[10 * i + j for j in range(9)] for i in range(5)])["eval/self_bleu"]
+    assert apart < 0.02 < diagnostics.self_bleu(answers)["eval/self_bleu"]
+    assert diagnostics.self_bleu([[1, 2]]) == {} == diagnostics.self_bleu([])
+
+
 def test_correlation() -> None:
     a, noise = RNG.normal(size=(2, 300))
     b = 0.6 * a + 0.8 * noise

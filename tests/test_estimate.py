@@ -57,6 +57,13 @@ def test_tokens_of_plain_spin() -> None:
     assert found == estimate.Work(drawn=3 * 100 * 5, scored=3 * 100 * (7 + 2 * 5), trained=trained, pairs=300)
 
 
+def test_tokens_without_an_opponent() -> None:
+    """Every prompt is read once with its real answer; nothing is drawn or scored, and there are no pairs."""
+    found = work("loss=sft")
+    assert found == estimate.Work(drawn=0, scored=0, trained=3 * 100 * 12, pairs=0)
+    assert "pairs" not in found.words() and "(300 pairs)" in work("regularizer=none").words()
+
+
 def test_tokens_of_fictitious_play() -> None:
     """N answers and N (t + 2) log-probs at iteration t: the window's t + 1 iterates' of N answers, and the newest's of
     the N real ones; N of them come with the answers. A draw's answers are counted as equal shares.

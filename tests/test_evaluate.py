@@ -15,7 +15,7 @@ from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from spin_reg import config, console, data, diagnostics, models, overrides, plan, results, tables
+from spin_reg import config, console, data, diagnostics, metrics, models, overrides, plan, results, tables
 from spin_reg.corpora import Toy
 from spin_reg.settings import LengthNorm, Tiny
 from spin_reg.specs import EvaluateSpec
@@ -65,7 +65,7 @@ def test_of_a_policy_that_is_off_by_a_constant_all_divergences_are_that_constant
     tables.write(folders["own"] / "answers.parquet", reversed(rows), tables.ANSWERS)  # joined by id
     scores(folders["real/00"], {f"{i}": value - 0.25 for i, value in enumerate(known)})
     scores(folders["own_scores"], {f"{i}": value + 0.5 for i, value in enumerate(drawn)}, 0)
-    spec = EvaluateSpec(0, None, (), None, LengthNorm.none, 0, Tiny(), settings)
+    spec = EvaluateSpec(0, None, (), None, LengthNorm.none, 0, None, Tiny(), settings)
     found = evaluate.known_language(spec, folders | {"retained": folders["real/00"]})
     wanted = {"eval/kl_data": 0.25, "eval/kl_off": 0.25, "eval/kl_data_reverse": 0.5}
     assert found == pytest.approx(wanted | {f"{name}_se": 0.0 for name in wanted}, abs=1e-9)
@@ -82,7 +82,14 @@ def test_steps_back_and_forth_and_the_gain_over_the_base(tmp_path: Path) -> None
     gain = diagnostics.mean("eval/heldout_nll_change", -0.25 * step)
     assert {name: found[name] for name in gain} == pytest.approx(gain)
     assert found["eval/heldout_nll"] == pytest.approx(-found["eval/heldout_real_logprob"] / 4)
-    assert evaluate.likelihood(inputs, 0)["eval/heldout_nll_change"] == 0.0
+    base = evaluate.likelihood(inputs, 0)
+    assert base["eval/heldout_nll_change"] == 0.0 and base["eval/preferred_to_base"] == 0.5
+    assert found["eval/preferred_to_base"] == pytest.approx(np.mean(step > 0))
+    assert found["eval/preferred_to_previous"] == pytest.approx(np.mean(step < 0))
+    over = evaluate.preferences(inputs, 2)
+    assert [(entry["iterate"], entry["over"]) for entry in over] == [(2, 0), (2, 1)]
+    assert over[0]["share"] == found["eval/preferred_to_base"]
+    assert over[1]["share_se"] == found["eval/preferred_to_previous_se"]
 
 
 def rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -159,7 +166,9 @@ def test_a_run_reports_what_its_tables_say(spin: Path) -> None:
 def test_readme_names_every_metric(spin: Path) -> None:
     table = (ROOT / "README.md").read_text().split("| `eval/` |")[1].split("\n\n")[0]
     named = {name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1] if line else "")}
-    assert named == {name.removeprefix("eval/") for name in reported(spin, 3) if not name.endswith("_se")}
+    asked = {*metrics.EXACT_MATCH, "eval/kl_to_base_full", "eval/kl_to_previous_full"}
+    made = {name for name in reported(spin, 3) if not name.endswith("_se")} | asked
+    assert named == {name.removeprefix("eval/") for name in made}
 
 
 def real_ids(examples: dict[str, dict[str, Any]]) -> list[list[int]]:
@@ -178,8 +187,11 @@ def test_cross_play_is_the_accuracy_where_it_was_played_and_whole_on_request(spi
     assert set(whole) == {(i, j) for i in (1, 2, 3) for j in range(4)}
     assert {entry: whole[entry] for entry in known} == known
     assert {k: reported(spin, k) for k in range(4)} == before
-    for name in ("step_direction", "instability", "cross-play", "heldout_nll_change"):
+    for name in ("step_direction", "instability", "cross-play", "heldout_nll_change", "preferences"):
         assert name in said.err
+    shares = results.preferences(spin, 3)
+    assert set(shares) == {(k, j) for k in range(4) for j in range(k)}
+    assert all(shares[k, k - 1]["share"] == before[k]["eval/preferred_to_previous"] for k in (1, 2, 3))
 
 
 @pytest.fixture
@@ -230,11 +242,13 @@ def shown(*tables: Any, width: int = 80) -> str:
 
 
 def test_the_table_fits_80_columns_and_marks_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {f"eval/{name}": 8.0 for name in console.COLUMNS} | {f"eval/{name}_se": 0.5 for name in console.COLUMNS}
+    names = [name for name in console.COLUMNS if name != "exact_match"]
+    values = {f"eval/{name}": 8.0 for name in names} | {f"eval/{name}_se": 0.5 for name in names}
     found = {k: dict(values) | {"eval/heldout_nll": nll} for k, nll in enumerate([2.5, 2.25, 2.375])}
     found[2] |= {"eval/kl_data": 123.456, "eval/kl_data_se": 12.345, "eval/kl_off": 7.0, "eval/length_mean": 1234.5}
     monkeypatch.setattr(results, "evaluated", lambda root, iterations: found)
     monkeypatch.setattr(results, "crossplay", lambda root, iterations: {(1, 0): {"accuracy": 0.625}})
+    monkeypatch.setattr(results, "preferences", lambda root, iterations: {(1, 0): {"share": 0.875}})
     table = console.iterates_table(Path("run"), 2)
     text = shown(table)
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
@@ -242,7 +256,10 @@ def test_the_table_fits_80_columns_and_marks_the_best(monkeypatch: pytest.Monkey
     assert marked == ["8.000*", "2.250*", "7.000*"]  # kl_data of the base, the NLL of 1, kl_off of 2
     for word in ("0 base", "±0.500", "123.5", "±12.3", "1234"):
         assert word in text, word
+    found[0] |= {"eval/exact_match": 0.5, "eval/exact_match_se": 0.25}
+    wide = shown(console.iterates_table(Path("run"), 2))
+    assert max(map(len, wide.splitlines())) <= 80 and "…" not in wide and "exact" in wide and "length" not in wide
     more = shown(*console.details(Path("run"), 2, 80))
-    assert max(map(len, more.splitlines())) <= 80 and "…" not in more and "0.625" in more
+    assert max(map(len, more.splitlines())) <= 80 and "…" not in more and "0.625" in more and "0.875" in more
     line = next(line.split() for line in more.splitlines() if line.split()[:2] == ["heldout_nll", "1"])
     assert line == ["heldout_nll", "1", "0.125", "0.125"]

@@ -1,5 +1,6 @@
 """What makes two runs, or two stages, the same: every setting is declared, and behaves as declared. No torch."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -22,8 +23,11 @@ RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
 NAME = "replaces the run's name, and no stage"
 LENGTH = "a longer run keeps its name and every stage of the shorter one"
-JUDGED = "what is reported of iterates: no name and no stage but evaluate, held-out scores and the benchmarks"
+JUDGED = "what is reported of iterates: no name and no stage but those that judge, and what they read of held-out rows"
 ASKED = "evaluation.benchmarks=[{task:a}]"
+MATCHED = "evaluation=exact_match"
+JUDGE = "evaluation=mt_bench evaluation.judge.model=m evaluation.judge.base_url=http://here/v1"
+PRICES = "evaluation.judge.price_in=1 evaluation.judge.price_out=1"
 GROUP = "its keys stand for it"
 
 
@@ -62,8 +66,43 @@ TABLE = [
     Row("evaluation.benchmarks", JUDGED, "[{task: a, num_fewshot: 5}]"),
     Row("evaluation.crossplay", JUDGED, "true"),
     Row("evaluation.enabled", JUDGED, "false"),
+    Row("evaluation.exact_match", GROUP),
+    Row("evaluation.exact_match.max_new_tokens", JUDGED, "9", given=MATCHED),
+    Row("evaluation.exact_match.normalise", JUDGED, "false", given=MATCHED),
+    Row("evaluation.exact_match.real_regex", JUDGED, "x(y)", given=MATCHED),
+    Row("evaluation.exact_match.regex", JUDGED, "x(y)"),
+    Row("evaluation.exact_match.temperature", JUDGED, "0.5", given=MATCHED),
+    Row("evaluation.full_kl", JUDGED, "true"),
+    Row("evaluation.full_kl_prompts", JUDGED, "9", given="evaluation.full_kl=true"),
     Row("evaluation.include_path", RUNTIME, "mine", given=ASKED),  # what its tasks hold counts: Sources.tasks
+    Row("evaluation.judge", GROUP),
+    Row("evaluation.judge.base_url", RUNTIME, "http://elsewhere/v1", given=JUDGE),
+    Row("evaluation.judge.body", JUDGED, "{seed: 1}", given=JUDGE),
+    Row("evaluation.judge.concurrency", RUNTIME, "3", given=JUDGE),
+    Row("evaluation.judge.key_variable", RUNTIME, "OTHER_KEY", given=JUDGE),
+    Row("evaluation.judge.max_calls", RUNTIME, "3", given=JUDGE),
+    Row("evaluation.judge.max_cost", RUNTIME, "3", given=f"{JUDGE} {PRICES}"),
+    Row("evaluation.judge.max_tokens", JUDGED, "3", given=JUDGE),
+    Row("evaluation.judge.model", JUDGED, "n", given=JUDGE),
+    Row("evaluation.judge.modes", JUDGED, "[single]", given=JUDGE),
+    Row("evaluation.judge.price_in", RUNTIME, "3", given=JUDGE),
+    Row("evaluation.judge.price_out", RUNTIME, "3", given=JUDGE),
+    Row("evaluation.judge.prompts", RUNTIME, "p.yaml", given=JUDGE),  # what it says counts: Sources.mt_bench
+    Row("evaluation.judge.repeats", JUDGED, "3", given=JUDGE),
+    Row("evaluation.judge.retries", RUNTIME, "3", given=JUDGE),
+    Row("evaluation.judge.temperature", JUDGED, "0.5", given=JUDGE),
+    Row("evaluation.judge.timeout", RUNTIME, "3", given=JUDGE),
     Row("evaluation.limit", JUDGED, "9", given=ASKED),
+    Row("evaluation.mt_bench", GROUP),
+    Row("evaluation.mt_bench.limit", JUDGED, "3", given=JUDGE),
+    Row("evaluation.mt_bench.max_new_tokens", JUDGED, "9", given=JUDGE),
+    Row("evaluation.mt_bench.questions", RUNTIME, "other.jsonl", given=JUDGE),  # what they are counts, as of references
+    Row("evaluation.mt_bench.references", RUNTIME, "r.jsonl", given=JUDGE),
+    Row("evaluation.mt_bench.revision", RUNTIME, "main", given=JUDGE),
+    Row("evaluation.mt_bench.split", RUNTIME, "test", given=JUDGE),
+    Row("evaluation.mt_bench.subset", RUNTIME, "main", given=JUDGE),
+    Row("evaluation.mt_bench.temperature", JUDGED, "0.5", given=JUDGE),
+    Row("evaluation.mt_bench.temperatures", JUDGED, "{math: 0.5, other: 0.0}", given=JUDGE),
     Row("evaluation.num_samples", JUDGED, "3"),
     Row("generation", GROUP),
     Row("generation.batch_size", RUNTIME, "3"),
@@ -220,9 +259,10 @@ def test_every_key_does_what_it_is_declared_to_do(row: Row, option: str) -> None
         if row.effect == JUDGED:
             assert old != new
             changed = {name for name in new if name in old and new[name] != old[name]}
-            judged = {name for name in new if name.endswith("/evaluate") or "/benchmarks/" in name}
+            judged = {name for name in new if re.search("/evaluate$|/benchmarks/|mt_bench/", name)}
             assert changed <= judged
-            assert all("/scores/heldout" in name or name in judged for name in new.keys() - old.keys())
+            read = ("/scores/heldout", "/answers/heldout-", "/divergence/")
+            assert all(any(part in name for part in read) or name in judged for name in new.keys() - old.keys())
 
 
 def test_alpha_is_a_shorthand() -> None:
@@ -264,7 +304,8 @@ def test_a_new_version_remakes_the_stages_of_its_kind_and_what_comes_after(
     spec: Any, model: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = ("dataset=jsonl", "dataset.path=x.jsonl", "dataset.generated=published")
-    settings = loaded((*model, *(published if spec.kind == "published" else ()), ASKED))
+    asked = (ASKED, "evaluation.full_kl=true", *JUDGE.split())
+    settings = loaded((*model, *(published if spec.kind == "published" else ()), *asked))
     stages, old = plan(settings, KNOWN), prints(settings)
     touched: set[str] = set()
     for stage in stages:  # in the order in which they are made

@@ -41,6 +41,7 @@ def test_the_installed_command_composes_and_runs_outside_the_checkout(installed:
     assert "regularizer" in run("-m", "spin_reg", "train", "--cfg", "job", cwd=tmp_path, path=installed).stdout
     run("-m", "spin_reg", "train", *SMALL, "run_name=run", cwd=tmp_path, path=installed)
     assert (tmp_path / "outputs/run/iterate-02/model/model.safetensors").exists()
+    assert "</html>" in (tmp_path / "outputs/run/report.html").read_text()
 
 
 def test_a_checkout_reads_its_own_conf_and_never_a_frozen_copy() -> None:

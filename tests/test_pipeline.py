@@ -73,6 +73,7 @@ def tree(root: Path) -> dict[str, bytes]:
 FAULTY = ("regularizer=fictitious_play", "schedule.iterations=3", "evaluation=none")
 
 
+@pytest.mark.slow
 def test_cut_at_every_durable_call_the_same_call_goes_on_to_the_same_bytes(memory: Path) -> None:
     """A kill, a full disk, a broken disk at call k, for every k: then the run is the uninterrupted one."""
     assert cut_everywhere(before_calls, memory) > 3 * 7 * len(stages(*FAULTY))

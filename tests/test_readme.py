@@ -12,7 +12,7 @@ TEXT = (ROOT / "README.md").read_text()
 def test_the_tree_names_every_module_and_only_those() -> None:
     tree = TEXT.split("## The code")[1].split("```")[1]
     inside = tree.split("spin_reg/\n")[1]
-    named = set(re.findall(r"(\w+\.py|\w+/)", inside))
+    named = set(re.findall(r"(\w+\.(?:py|yaml)|\w+/)", inside))
     there = {p.name + ("/" if p.is_dir() else "") for p in (ROOT / "spin_reg").iterdir()}
     assert named == {n for n in there if not n.startswith("__")}
     stages = {p.stem for p in (ROOT / "spin_reg" / "stages").glob("[a-z]*.py")}

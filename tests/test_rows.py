@@ -396,7 +396,8 @@ from pathlib import Path
 from spin_reg import fit, opponents, tables
 from spin_reg.context import Context
 from spin_reg.opponents import Iterate
-from spin_reg.specs import PairsSpec, answers_role, generated_role, real_role
+from spin_reg.roles import answers_role, generated_role, real_role
+from spin_reg.specs import PairsSpec
 from spin_reg.stages import pairs, train
 
 folder, stage = Path(sys.argv[1]), sys.argv[2]

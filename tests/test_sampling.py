@@ -118,6 +118,22 @@ def test_pick_at_a_temperature_and_a_nucleus() -> None:
     assert share(temperature=0.5, top_p=1.0) == pytest.approx([v / sum(squared) for v in squared], abs=2e-3)
 
 
+def test_at_temperature_0_the_likeliest_token_is_taken() -> None:
+    logits = torch.tensor([[0.0, 3.0, 3.0], [-1.0, -2.0, -9.0], [0.0, math.nan, 1.0], [-math.inf] * 3])
+    drawn, logprob = sampling.pick(logits, torch.rand(4).double(), temperature=0, top_p=1.0)
+    assert drawn.tolist() == [1, 0, -1, -1] and logprob.tolist() == [0.0] * 4  # the first of equals, surely
+    model = llama()
+    greedy = [
+        sampling.sample(model, PROMPTS, points(len(PROMPTS), 6, seed), ends=[END], temperature=0, top_p=1.0)
+        for seed in (0, 1)
+    ]
+    assert greedy[0] == greedy[1]
+    for prompt, answer in zip(PROMPTS, greedy[0], strict=True):
+        for j, token in enumerate(answer.ids):
+            with torch.no_grad():
+                assert token == int(model(input_ids=torch.tensor([prompt + answer.ids[:j]])).logits[0, -1].argmax())
+
+
 def test_pick_never_leaves_the_vocabulary() -> None:
     top = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
     assert int(sampling.pick(torch.zeros(1, 7), top, temperature=1.0, top_p=1.0)[0]) == 6

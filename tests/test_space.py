@@ -126,6 +126,7 @@ def test_what_needs_removed_weights_makes_them_again(train: Train, command: Comm
     assert path.read_bytes() == whole and kept(root) == [2]
 
 
+@pytest.mark.slow
 def test_gc_shows_before_it_removes(train: Train, command: Command, tmp_path: Path) -> None:
     place = tmp_path / "outputs"
     root = train("alpha=0.5")

@@ -167,7 +167,7 @@ def test_watching_goes_on_until_ctrl_c(swept: Swept, command: Command, monkeypat
 @pytest.mark.parametrize("verb", ["status", "ls", "compare"])
 def test_manuals_and_refusals(verb: str, command: Command, tmp_path: Path) -> None:
     shown = command(verb, "--help")
-    assert shown.code == 0 and "Examples" in shown.out and f"spin-reg {verb}" in shown.out
+    assert shown.code == 0 and "EXAMPLES" in shown.out and f"spin-reg {verb}" in shown.out
     assert max(map(len, shown.out.splitlines())) <= 120
     for words in (["--nonsense"], [str(tmp_path / "nowhere")] * (1 + (verb == "compare"))):
         result = command(verb, *words)

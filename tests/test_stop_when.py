@@ -37,6 +37,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_game_that_gets_worse_twice_ends_and_goes_on_when_told_to(
     curve: None, command: Command, tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def test_words_of_a_sweep() -> None:
     assert sweeps.added(["hydra.sweep.dir=mine"], Path("p")) == []
 
 
+@pytest.mark.slow
 def test_wandb_groups_the_points(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from spin_reg import tracking
 

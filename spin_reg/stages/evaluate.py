@@ -7,24 +7,27 @@ from typing import Any
 
 import numpy as np
 
-from spin_reg import data, diagnostics, durable, join, models, tables
+from spin_reg import data, diagnostics, durable, exact, join, models, tables
 from spin_reg.context import Context
 from spin_reg.corpora import Toy
 from spin_reg.diagnostics import Array, Values
+from spin_reg.exact import ExactMatch
+from spin_reg.roles import generated_role, real_role, results_role
 from spin_reg.settings import LengthNorm
-from spin_reg.specs import EvaluateSpec, PairsSpec, Split, generated_role, real_role
+from spin_reg.specs import EvaluateSpec, PairsSpec, Split
 
 
 def run(spec: EvaluateSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
-    """Write metrics.json, the same as a row of metrics.jsonl, crossplay.json and samples.json."""
+    """Write metrics.json, the same as a row of metrics.jsonl, crossplay.json, preferences.json and samples.json."""
     values = likelihood(inputs, spec.k) | known_language(spec, inputs) | step_direction(inputs, spec.k)
-    values |= answers_look(inputs, spec.k) | divergences(spec, inputs)
+    values |= answers_look(inputs, spec.k) | divergences(spec, inputs) | exact_match(spec, inputs)
     if spec.game is not None and spec.beta is not None:
         values |= game(spec, inputs)
     durable.write_json(out / "metrics.json", values)
     row = {"iterate": spec.k, **position(inputs["model"]), **values}
     durable.write_jsonl(out / "metrics.jsonl", [row])
     durable.write_json(out / "crossplay.json", crossplay(spec, inputs))
+    durable.write_json(out / "preferences.json", preferences(inputs, spec.k))
     durable.write_json(out / "samples.json", samples(spec, inputs))
 
 
@@ -52,12 +55,24 @@ def likelihood(inputs: Mapping[str, Path], k: int) -> Values:
     eval/heldout_nll: nats a token; lower is better. eval/heldout_real_logprob: nats a sequence, minus the NLL of a
     sequence; higher is better. eval/heldout_nll_change: NLL a sequence less the base's, over the same answers; below 0
     is better, 0 of the base itself. It is unbiased for KL(p_data || pi_k) - KL(p_data || pi_0), whatever p_data is.
+    eval/preferred_to_base and eval/preferred_to_previous: see `diagnostics.preferred`; one half of the base itself.
     """
     logprobs, tokens = _real(inputs, k), tables.lengths("real_ids", _heldout(inputs))
     change = _real(inputs, 0) - logprobs
     values = diagnostics.ratio("eval/heldout_nll", -logprobs, tokens)
     values |= diagnostics.mean("eval/heldout_real_logprob", logprobs)
-    return values | (diagnostics.mean("eval/heldout_nll_change", change) if k > 0 else {"eval/heldout_nll_change": 0.0})
+    if k == 0:
+        return values | {"eval/heldout_nll_change": 0.0, "eval/preferred_to_base": 0.5}
+    values |= diagnostics.mean("eval/heldout_nll_change", change)
+    for name, j in (("base", 0), ("previous", k - 1)):
+        values |= diagnostics.preferred(f"eval/preferred_to_{name}", logprobs, _real(inputs, j))
+    return values
+
+
+def preferences(inputs: Mapping[str, Path], k: int) -> list[dict[str, Any]]:
+    """How often iterate k gives real held-out answers the higher log-prob than each before it."""
+    ours = _real(inputs, k)
+    return [{"iterate": k, "over": j, **diagnostics.preferred("share", ours, _real(inputs, j))} for j in range(k)]
 
 
 def known_language(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
@@ -104,9 +119,10 @@ def answers_look(inputs: Mapping[str, Path], k: int) -> Values:
 
     eval/length_mean and eval/length_p90: tokens an answer, its mean and 90th percentile; near those of the real ones.
     eval/length_auc: see `diagnostics.auc`. eval/stop_rate: answers that ended; eval/cutoff_share: that did not, at the
-    limit. eval/distinct_1 and eval/distinct_2: see `diagnostics.distinct`. eval/token_entropy: minus the mean of the
-    sampled tokens' own log-probs, nats a token: a Monte Carlo (cross-)estimate, not the entropy of each distribution;
-    its sum a sequence is unbiased for the entropy of the sampled paths. Neither should collapse.
+    limit. eval/distinct_1, eval/distinct_2 and eval/self_bleu: see `diagnostics.distinct` and `diagnostics.self_bleu`.
+    eval/token_entropy: minus the mean of the sampled tokens' own log-probs, nats a token: a Monte Carlo (cross-)
+    estimate, not the entropy of each distribution; its sum a sequence is unbiased for the entropy of the sampled paths.
+    None of these should collapse.
     """
     path, scored = inputs["own"] / "answers.parquet", join.scores(inputs["own_scores"], k)
     lengths = np.array(tables.lengths("generated_ids", path))
@@ -123,6 +139,7 @@ def answers_look(inputs: Mapping[str, Path], k: int) -> Values:
         | diagnostics.mean("eval/stop_rate", stopped)
         | diagnostics.mean("eval/cutoff_share", ~stopped)
         | {f"eval/distinct_{n}": diagnostics.distinct(answers, n) for n in (1, 2)}
+        | diagnostics.self_bleu(answers)
         | diagnostics.ratio("eval/token_entropy", [-scored[name] for name in names], lengths)
     )
 
@@ -130,6 +147,8 @@ def answers_look(inputs: Mapping[str, Path], k: int) -> Values:
 def divergences(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
     """eval/kl_to_base and eval/kl_to_previous: KL(pi_k || pi_q) in nats a sequence, along answers of pi_k itself at
     temperature 1: the mean of `diagnostics.k3`. 0 for the base against itself; small steps keep both small.
+    eval/kl_to_base_full and eval/kl_to_previous_full: the same over the whole vocabulary (see `stages.divergence`), on
+    the first held-out prompts: less noise, and never below 0 but by rounding.
     """
     own = join.token_logprobs(inputs["own_scores"], spec.k)
     values = {"eval/kl_to_base": 0.0}
@@ -138,7 +157,43 @@ def divergences(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
             other = join.token_logprobs(inputs[role], spec.k)
             sums = [diagnostics.k3(own[i]["token_logprobs"], other[i]["token_logprobs"]) for i in own]
             values |= diagnostics.mean(f"eval/kl_to_{name}", sums)
+        if f"full_kl_{name}" in inputs:
+            sums = tables.column("kl", inputs[f"full_kl_{name}"] / "divergences.parquet")
+            values |= diagnostics.mean(f"eval/kl_to_{name}_full", sums)
     return values
+
+
+def exact_match(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
+    """Held-out answers whose result is the real one's, where the settings say what a result is (see `exact.result`).
+
+    eval/exact_match: the share of right answers, over all prompts whose real answer has a result; one without a result
+    is wrong. eval/exact_match_answered: the share with any result. eval/exact_match_change: the share less the base's
+    over the same prompts, its error that of paired differences; 0 of the base itself. All are better when higher.
+
+    Raises:
+        DataError: few of the real answers have a result.
+    """
+    if spec.exact_match is None:
+        return {}
+    found, wanted = _results(spec.exact_match, inputs, spec.k), _wanted(spec.exact_match, inputs)
+    right = np.array([found[name] == wanted[name] for name in wanted], dtype=np.float64)
+    values = diagnostics.mean("eval/exact_match", right)
+    values |= diagnostics.mean("eval/exact_match_answered", [found[name] is not None for name in wanted])
+    if spec.k == 0:
+        return values | {"eval/exact_match_change": 0.0}
+    base = _results(spec.exact_match, inputs, 0)
+    return values | diagnostics.mean("eval/exact_match_change", right - [base[name] == wanted[name] for name in wanted])
+
+
+def _results(settings: ExactMatch, inputs: Mapping[str, Path], k: int) -> dict[str, str | None]:
+    """What iterate k's answers come to, by example_id."""
+    answers = tables.read(inputs[results_role(k)] / "answers.parquet", columns=["example_id", "generated"])
+    return {row["example_id"]: exact.result(settings, row["generated"]) for row in answers}
+
+
+def _wanted(settings: ExactMatch, inputs: Mapping[str, Path]) -> dict[str, str]:
+    asked = tables.read(_heldout(inputs), columns=["example_id", "real"])
+    return exact.wanted(settings, {row["example_id"]: row["real"] for row in asked})
 
 
 def played(k: int, spec: PairsSpec, length_norm: LengthNorm, inputs: Mapping[str, Path]) -> tuple[Array, Array, Array]:
@@ -194,7 +249,9 @@ def crossplay(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> list[dict[str, 
 
 
 def samples(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The first held-out prompts with their real answers and this iterate's."""
+    """The first held-out prompts with their real answers and this iterate's; with exact match also the answer that was
+    matched, and both results.
+    """
     answers = tables.ById(inputs["own"] / "answers.parquet")
     shown = tables.read(inputs["data"] / f"{Split.heldout}.parquet")[: spec.num_samples]
     rows = []
@@ -202,4 +259,8 @@ def samples(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> list[dict[str, An
         answer = answers[row["example_id"]]
         kept = {"prompt": row["prompt"], "real": row["real"], "generated": answer["generated"]}
         rows.append({"iterate": spec.k, **kept, "finish_reason": answer["finish_reason"]})
+        if spec.exact_match is not None:
+            matched = tables.ById(inputs[results_role(spec.k)] / "answers.parquet")[row["example_id"]]["generated"]
+            results = [exact.result(spec.exact_match, row["real"], real=True), exact.result(spec.exact_match, matched)]
+            rows[-1] |= {"matched": matched} | dict(zip(("real_result", "result"), results, strict=True))
     return rows

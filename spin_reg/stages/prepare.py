@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,6 +47,15 @@ def check(spec: PrepareSpec, context: Context) -> dict[Split, int]:
         part["revision_or_sha256"] = source
     _checked[digest(spec)] = splits, summary, folder
     return {split: len(rows) for split, rows in splits.items()}
+
+
+def heldout_answers(spec: PrepareSpec, made: bytes | None) -> dict[str, str]:
+    """The real answers to held-out prompts, as texts by example_id: of data just checked, or `made` as Parquet."""
+    if digest(spec) in _checked:
+        rows: Iterable[Row] = _checked[digest(spec)][0][Split.heldout]
+    else:
+        rows = [] if made is None else tables.read(BytesIO(made), columns=["example_id", "real"])
+    return {row["example_id"]: row["real"] for row in rows}
 
 
 def pinned(dataset: Dataset, source: str | None) -> Dataset:

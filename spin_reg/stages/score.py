@@ -11,8 +11,9 @@ from spin_reg import iterates, tables
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError
 from spin_reg.packing import Group, cut, lengths, sums
+from spin_reg.roles import answers_role
 from spin_reg.scorer import Scorer
-from spin_reg.specs import ScoreSpec, Split, answers_role
+from spin_reg.specs import ScoreSpec, Split
 from spin_reg.tables import Row, Rows
 
 SHARD = 1024

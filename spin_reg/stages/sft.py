@@ -1,4 +1,4 @@
-"""Iterate 0 by supervised fine-tuning: the mean negative log-likelihood of the real answers' tokens."""
+"""Supervised fine-tuning: the mean negative log-likelihood of the real answers' tokens; here iterate 0 by it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.models import Loaded
 from spin_reg.packing import Group, sums
 from spin_reg.scorer import Scorer
-from spin_reg.settings import LrScheduler, Optimizer, Pretrained
+from spin_reg.settings import Hardware, LrScheduler, Optimizer, Pretrained
 from spin_reg.specs import SftSpec, Split
 
 
@@ -35,16 +35,8 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
     iterates.forget()
     loaded, base = _start(spec)
     splits = [inputs["data"] / f"{split}.parquet" for split in (Split.train, Split.retained_train)]
-    paths = [path for path in splits if path.exists()]
-    rows = tables.read(*paths, columns=["prompt_ids", "real_ids"], kept=tables.IN_ANY_ORDER)
-    names, tokens = tables.column("example_id", *paths), tables.lengths("real_ids", *paths)
-    prompts, pairs = tables.lengths("prompt_ids", *paths), spec.hardware.micro_batch_size
+    names, task = real_answers(*(path for path in splits if path.exists()))
     accelerator = iterates.accelerator(spec.hardware)
-
-    def loss(scorer: Scorer, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
-        groups = [Group(rows[i]["prompt_ids"], (rows[i]["real_ids"],)) for i in picked]
-        return -sums(scorer(groups), groups).sum(), {}
-
     metrics = fit(
         loaded.model,
         batches(
@@ -54,12 +46,7 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             epochs=spec.sft.epochs,
             size=spec.sft.batch_size,
         ),
-        Task(
-            loss,
-            weight=lambda picked: float(sum(tokens[i] for i in picked)),
-            name=lambda i: str(names[i]),
-            slots=lambda i: prompts[i] + tokens[i] - 1,
-        ),
+        task,
         spec=FitSpec(
             learning_rate=spec.sft.learning_rate,
             optimizer=Optimizer.adamw,
@@ -68,7 +55,7 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             weight_decay=0.0,
             max_grad_norm=1.0,
             batch_tokens=spec.hardware.batch_tokens,
-            micro_batch_size=None if pairs is None else 2 * pairs,  # as many sequences
+            micro_batch_size=most(spec.hardware),
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             iteration=-1,
@@ -80,3 +67,28 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
         after=lambda: iterates.save(loaded, out, base),
     )
     durable.write_jsonl(out / "metrics.jsonl", metrics)
+
+
+def real_answers(*paths: Path) -> tuple[list[str], Task]:
+    """The examples of these splits, and how they are fitted: a step's loss is the mean over its answers' tokens of
+    minus their log-probs, in nats a token.
+    """
+    rows = tables.read(*paths, columns=["prompt_ids", "real_ids"], kept=tables.IN_ANY_ORDER)
+    names, tokens = [str(name) for name in tables.column("example_id", *paths)], tables.lengths("real_ids", *paths)
+    prompts = tables.lengths("prompt_ids", *paths)
+
+    def loss(scorer: Scorer, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
+        groups = [Group(rows[i]["prompt_ids"], (rows[i]["real_ids"],)) for i in picked]
+        return -sums(scorer(groups), groups).sum(), {}
+
+    return names, Task(
+        loss,
+        weight=lambda picked: float(sum(tokens[i] for i in picked)),
+        name=lambda i: names[i],
+        slots=lambda i: prompts[i] + tokens[i] - 1,
+    )
+
+
+def most(hardware: Hardware) -> int | None:
+    """How many real answers are read at once at most: as many sequences as a micro-batch of pairs has."""
+    return None if hardware.micro_batch_size is None else 2 * hardware.micro_batch_size

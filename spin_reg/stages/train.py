@@ -1,6 +1,6 @@
-"""One iteration of the game: iterate t + 1 from iterate t, on the pairs of iteration t."""
+"""One iteration: iterate t + 1 from iterate t, on the pairs of iteration t, or without an opponent on real answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +11,11 @@ from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.losses import LOSSES, log_ratio_difference
 from spin_reg.packing import Group, cut, sums
+from spin_reg.roles import generated_role, real_role
 from spin_reg.scorer import Scorer
 from spin_reg.settings import LengthNorm, Loss
-from spin_reg.specs import TrainSpec, generated_role, real_role
+from spin_reg.specs import Split, TrainSpec
+from spin_reg.stages import sft
 from spin_reg.tables import Row
 
 TRAINED = [field.name for field in tables.PAIRS if field.name not in ("prompt", "real", "generated")]  # all but texts
@@ -22,30 +24,15 @@ METRICS = ("margin", "accuracy", "real_logprob", "generated_logprob")
 
 def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write the next iterate as an ordinary model folder, and metrics.jsonl with one row a step."""
-    path = inputs["pairs"] / "pairs.parquet"
-    rows = tables.read(path, columns=TRAINED, kept=tables.IN_ANY_ORDER)
+    names, task, before = _pairs(spec, inputs, out) if spec.loss.plays else _answers(inputs)
     fresh = None if spec.lora is None else (spec.lora, spec.seed)
     loaded = iterates.load(inputs["model"], spec.policy, exclusive=True, fresh=fresh)
     base = None if spec.lora is None else iterates.base_of(inputs["model"])
     accelerator = iterates.accelerator(spec.hardware)
-    both = zip(tables.column("example_id", path), tables.column("sampled_from", path), strict=True)
-    names = [f"{example_id} {sampled_from}" for example_id, sampled_from in both]
-    prompts, real, generated = (tables.lengths(f"{kind}_ids", path) for kind in ("prompt", "real", "generated"))
-
-    def loss(scorer: Scorer, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
-        terms = pair_terms(scorer, [rows[i] for i in picked], spec.loss, spec.beta)
-        sums = {key: values.detach().sum().item() for key, values in terms.items()}
-        return terms["loss"].sum(), {key: sums[key] for key in METRICS}
-
     metrics = fit(
         loaded.model,
         batches(names, seed=spec.seed, iteration=spec.t, epochs=spec.epochs, size=spec.batch_size),
-        Task(
-            loss,
-            weight=lambda picked: float(len(picked)),
-            name=lambda i: names[i],
-            slots=lambda i: prompts[i] + real[i] + generated[i] - 2,
-        ),
+        task,
         spec=FitSpec(
             learning_rate=spec.learning_rate,
             optimizer=spec.optimizer,
@@ -54,7 +41,7 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
             weight_decay=spec.weight_decay,
             max_grad_norm=spec.max_grad_norm,
             batch_tokens=spec.hardware.batch_tokens,
-            micro_batch_size=spec.hardware.micro_batch_size,
+            micro_batch_size=spec.hardware.micro_batch_size if spec.loss.plays else sft.most(spec.hardware),
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             iteration=spec.t,
@@ -63,10 +50,42 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
         accelerator=accelerator,
         out=out,
         context=context,
-        before=lambda scorer: self_check(scorer, spec, inputs, rows, out),
+        before=before,
         after=lambda: iterates.save(loaded, out, base),
     )
     durable.write_jsonl(out / "metrics.jsonl", metrics)
+
+
+Fitted = tuple[list[str], Task, Callable[[Scorer], None]]  # rows' names, what is fitted to them, what is checked first
+
+
+def _answers(inputs: dict[str, Path]) -> Fitted:
+    """The real answers to the training prompts, as the SFT stage fits them; no table holds what could be checked."""
+    names, task = sft.real_answers(inputs["data"] / f"{Split.train}.parquet")
+    return names, task, lambda scorer: None
+
+
+def _pairs(spec: TrainSpec, inputs: dict[str, Path], out: Path) -> Fitted:
+    """The pairs of the iteration, with the self-check."""
+    path, beta = inputs["pairs"] / "pairs.parquet", spec.beta
+    assert beta is not None
+    rows = tables.read(path, columns=TRAINED, kept=tables.IN_ANY_ORDER)
+    both = zip(tables.column("example_id", path), tables.column("sampled_from", path), strict=True)
+    names = [f"{example_id} {sampled_from}" for example_id, sampled_from in both]
+    prompts, real, generated = (tables.lengths(f"{kind}_ids", path) for kind in ("prompt", "real", "generated"))
+
+    def loss(scorer: Scorer, picked: Sequence[int]) -> tuple[Tensor, Metrics]:
+        terms = pair_terms(scorer, [rows[i] for i in picked], spec.loss, beta)
+        sums = {key: values.detach().sum().item() for key, values in terms.items()}
+        return terms["loss"].sum(), {key: sums[key] for key in METRICS}
+
+    task = Task(
+        loss,
+        weight=lambda picked: float(len(picked)),
+        name=lambda i: names[i],
+        slots=lambda i: prompts[i] + real[i] + generated[i] - 2,
+    )
+    return names, task, lambda scorer: self_check(scorer, spec, beta, inputs, rows, out)
 
 
 def pair_terms(scorer: Scorer, rows: Sequence[Row], loss: Loss, beta: float) -> dict[str, Tensor]:
@@ -97,7 +116,9 @@ def pair_groups(rows: Sequence[Row]) -> list[Group]:
     return [Group(row["prompt_ids"], (row["real_ids"], row["generated_ids"])) for row in rows]
 
 
-def self_check(scorer: Scorer, spec: TrainSpec, inputs: dict[str, Path], rows: Sequence[Row], out: Path) -> None:
+def self_check(
+    scorer: Scorer, spec: TrainSpec, beta: float, inputs: dict[str, Path], rows: Sequence[Row], out: Path
+) -> None:
     """Compare the first rows' log-probs and margins with the tables, and keep what was found in selfcheck.json.
 
     Raises:
@@ -108,7 +129,7 @@ def self_check(scorer: Scorer, spec: TrainSpec, inputs: dict[str, Path], rows: S
     def terms(some: Sequence[Row]) -> dict[str, Tensor]:
         slots = [group.slots for group in pair_groups(some)]
         batches = cut(slots, tokens=spec.hardware.batch_tokens, most=spec.hardware.micro_batch_size)
-        parts = [pair_terms(scorer, [some[i] for i in picked], spec.loss, spec.beta) for picked in batches]
+        parts = [pair_terms(scorer, [some[i] for i in picked], spec.loss, beta) for picked in batches]
         back = torch.tensor([i for picked in batches for i in picked]).argsort()
         return {key: torch.cat([part[key] for part in parts])[back] for key in parts[0]}
 
@@ -124,7 +145,7 @@ def self_check(scorer: Scorer, spec: TrainSpec, inputs: dict[str, Path], rows: S
         stored,
         terms,
         t=t,
-        beta=spec.beta,
+        beta=beta,
         length_norm=spec.loss.length_norm is LengthNorm.mean,
         tolerance=selfcheck.BFLOAT16 if coarse else selfcheck.FLOAT32,
     )

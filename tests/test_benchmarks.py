@@ -17,7 +17,7 @@ import pytest
 from conftest import SMALL, Command, read_jsonl
 from test_identity import KNOWN, loaded, prints
 
-from spin_reg import child, config, harness, iterates, pace, stopping
+from spin_reg import child, config, estimate, harness, iterates, pace, stopping
 from spin_reg.benchmarks import Benchmark, Evaluation, TaskFiles
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError, Stopped

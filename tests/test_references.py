@@ -75,7 +75,6 @@ def test_a_swapped_reference_is_seen_by_the_other_road(
 
 @pytest.mark.slow
 def test_iteration_0_is_the_same_for_every_regularizer_bit_for_bit(train: Train, outputs: Path) -> None:
-@pytest.mark.slow
     roots = [train(*words, "schedule.iterations=3", name=arm, outputs=outputs) for arm, words in ARMS.items()]
     assert len({weights(root, 1) for root in roots}) == 1
     assert len({(root / "iteration-00/pairs.parquet").read_bytes() for root in roots}) == 1

@@ -152,16 +152,6 @@ def from_json(tree: Any) -> Reference:
     return build((w, from_json(part)) for w, part in value)
 
 
-def describe(node: Reference) -> str:
-    """The tree for people, for instance `0.5*pi_0 x 0.5*pi_2`."""
-    if isinstance(node, Iterate):
-        return f"pi_{node.k}"
-    if isinstance(node, Generator):
-        return "the pair's own generator"
-    sign = " x " if isinstance(node, Geometric) else " + "
-    return "(" + sign.join(f"{w:.3g}*{describe(part)}" for w, part in node.parts) + ")"
-
-
 def formula(node: Reference) -> str:
     """log r as one would write it, the newest iterate first, for instance `0.5 log pi_1 + 0.5 log pi_0`."""
     if isinstance(node, Generator):

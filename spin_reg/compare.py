@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from spin_reg import groups, listing, manual, metrics, rundir, sheet, survey
+from spin_reg import groups, listing, manual, metrics, named, rundir, sheet, survey
 from spin_reg.config import flatten
 from spin_reg.console import COLUMNS
 from spin_reg.errors import ConfigError
@@ -42,9 +42,9 @@ def main(words: Sequence[str]) -> int:
     count = SAMPLES if given.samples is None else given.samples
     a, b = side(given.a), side(given.b)
     settings, rows = apart(a, b), compared(a, b, _names(a, b, given.metric or [], everything=given.all))
-    k, seed, answers = samples(a, b, given.iterate)
+    whose, seed, answers = samples(a, b, given.iterate, given.by)
     if given.json:
-        sheet.show_json(_json(a, b, settings, rows) | {"samples": {"iterate": k, "seed": seed, "rows": answers}})
+        sheet.show_json(_json(a, b, settings, rows) | {"samples": {"iterates": whose, "seed": seed, "rows": answers}})
         return 0
     sheet.part("settings that differ" if settings else "the settings are the same")
     if settings:
@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> int:
     sheet.part(f"metrics   A: {_seeds(a)}   B: {_seeds(b)}")
     sheet.show("", ("metric", "iterate", "A", "B", "B - A", "n"), [_cells(row) for row in rows], right=RIGHT)
     if count and answers:
-        sheet.part(f"samples   iterate {k}, seed {seed}")
+        sheet.part(f"samples   A: iterate {whose[0]}, B: iterate {whose[1]}, seed {seed}")
         listed = [[row[key] for key in ("prompt", "real", "a", "b")] for row in answers[:count]]
         sheet.show("", ("prompt", "real", "A", "B"), listed)
     return 0
@@ -135,25 +135,27 @@ def compared(a: Sequence[Run], b: Sequence[Run], names: Sequence[str]) -> list[R
     return rows
 
 
-def samples(a: Sequence[Run], b: Sequence[Run], k: int | None) -> tuple[int | None, int | None, list[dict[str, str]]]:
-    """Answers of both sides to the same prompts: of which iterate, of which seed (None: they share none), and they.
+def samples(
+    a: Sequence[Run], b: Sequence[Run], name: str | None, by: str | None
+) -> tuple[list[int], int | None, list[dict[str, str]]]:
+    """Answers of both sides to the same prompts: of which iterates, of which seed (None: they share none), and they.
 
     Args:
-        k: the iterate; None: the newest that both have.
+        name: of the iterate on each side (see `named`), `best` by a metric; None: the newest that both have.
     """
     both = [run.seed for run in a if run.seed in {other.seed for other in b}]
     one, other = (next((run for run in runs if run.seed in both[:1]), runs[0]) for runs in (a, b))
     shared = sorted(one.metrics.keys() & other.metrics.keys())
-    k = k if k is not None else next(reversed(shared), None)
-    if k is None:
-        return None, None, []
-    left, right = (_answers(run.root, k) for run in (one, other))
+    if name is None and not shared:
+        return [], None, []
+    whose = [shared[-1] if name is None else named.number(run.root, name, by)[0] for run in (one, other)]
+    left, right = (_answers(run.root, k) for run, k in zip((one, other), whose, strict=True))
     rows = [
         {"prompt": prompt, "real": real, "a": left[prompt, real], "b": right[prompt, real]}
         for prompt, real in left
         if (prompt, real) in right
     ]
-    return k, next(iter(both), None), rows
+    return whose, next(iter(both), None), rows
 
 
 def _answers(root: Path, k: int) -> Mapping[tuple[str, str], str]:

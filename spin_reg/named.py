@@ -32,23 +32,7 @@ def iterate(root: Path, name: str, by: str | None = None) -> Named:
             the iterate's files are not whole.
     """
     there = _there(root)
-    if by is not None and name != BEST:
-        todo = f"give --iterate {BEST}, or leave --by out"
-        raise ConfigError(
-            "A metric names no iterate here.", where=f"--by {by}", why=f"only {BEST} is by one", todo=todo
-        )
-    words = name
-    if name == BEST:
-        k, words = _best(root, by or BY)
-    elif name == LAST:
-        k = max(there, default=0)
-    elif name == BASE:
-        k = 0
-    elif name.isdecimal():
-        k = int(name)
-    else:
-        why = f"it is neither a number nor one of {', '.join(NAMES)}"
-        raise ConfigError("This names no iterate.", where=f"--iterate {name}", why=why, todo=_listed(there))
+    k, words = number(root, name, by)
     if k not in there:
         raise ConfigError(
             "This iterate is not there.",
@@ -60,6 +44,30 @@ def iterate(root: Path, name: str, by: str | None = None) -> Named:
     assert made is not None
     rundir.check_hashes(there[k], made)
     return Named(k, there[k], f"iterate {k}" if words in (str(k), LAST, BASE) else words)
+
+
+def number(root: Path, name: str, by: str | None = None) -> tuple[int, str]:
+    """The number of the iterate that a name means, and how it is named in words.
+
+    Raises:
+        ConfigError: it is no name; the metric has no better side, or was not measured.
+    """
+    if by is not None and name != BEST:
+        todo = f"give --iterate {BEST}, or leave --by out"
+        raise ConfigError(
+            "A metric names no iterate here.", where=f"--by {by}", why=f"only {BEST} is by one", todo=todo
+        )
+    if name == BEST:
+        return _best(root, by or BY)
+    there = _there(root)
+    if name == LAST:
+        return max(there, default=0), name
+    if name == BASE:
+        return 0, name
+    if not name.isdecimal():
+        why = f"it is neither a number nor one of {', '.join(NAMES)}"
+        raise ConfigError("This names no iterate.", where=f"--iterate {name}", why=why, todo=_listed(there))
+    return int(name), name
 
 
 def _there(root: Path) -> dict[int, Path]:

@@ -207,12 +207,14 @@ def test_two_sets_of_seeds_beside_each_other(swept: Swept, command: Command) -> 
     assert last["difference"] == pytest.approx({"mean": fmean(gains), "sd": stdev(gains), "n": 2})
     assert found["metrics"][1]["difference"] == {"mean": 0.0, "sd": 0.0, "n": 2}  # iteration 0 is the same
     rows = found["samples"]["rows"]
-    assert found["samples"]["iterate"] == 2 and rows
+    assert found["samples"]["iterates"] == [2, 2] and rows
     for root, key in ((runs(place)[0], "a"), (runs(place)[2], "b")):
         kept = json.loads((root / "iterate-02/evaluate/samples.json").read_text())
         assert [(s["prompt"], s["real"], s["generated"]) for s in kept] == [
             (r["prompt"], r["real"], r[key]) for r in rows
         ]
+    each = json.loads(command("compare", *sides, "--iterate", "best", "--by", "kl_off", "--json").out)["samples"]
+    assert each["iterates"] == [min(range(3), key=lambda k: metric(runs(place)[i], k, "kl_off")) for i in (0, 2)]
     text = command("compare", *sides).out
     assert "# metrics" in text and "kl_off\t2\t" in text and text.count("*") == len(re.findall(r"\d\*", text))
     better = next(line for line in text.splitlines() if line.startswith("kl_data\t2\t")).split("\t")

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spin_reg.errors import ConfigError
-from spin_reg.verbs import TABLE, Kind, Verb, Word
+from spin_reg.grammar import Kind, Verb, Word
+from spin_reg.verbs import TABLE
 
 TOP = ("--help", "--version", "--completion")
 OUTPUTS = Path("outputs")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from spin_reg.errors import ConfigError
-from spin_reg.verbs import EXITS, TABLE, Verb, Word
+from spin_reg.grammar import EXITS, Verb, Word
+from spin_reg.verbs import TABLE
 
 WIDTH = 100
 

@@ -29,6 +29,7 @@ GROUND = {
     "stopping",
     "child",
     "usage",
+    "grammar",
     "verbs",
     "manual",
 }

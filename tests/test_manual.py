@@ -3,7 +3,7 @@
 import pytest
 from conftest import Command
 
-from spin_reg import cli, errors, manual, verbs
+from spin_reg import cli, errors, grammar, manual, verbs
 from spin_reg.errors import ConfigError
 
 
@@ -13,7 +13,7 @@ def test_every_verb_is_in_the_table_and_only_those() -> None:
 
 def test_every_exit_code_has_its_words() -> None:
     kinds = [errors.SpinRegError, *errors.SpinRegError.__subclasses__()]
-    assert {0, *(kind.exit_code for kind in kinds)} == set(verbs.EXITS)
+    assert {0, *(kind.exit_code for kind in kinds)} == set(grammar.EXITS)
 
 
 @pytest.mark.parametrize("verb", list(verbs.TABLE))

@@ -44,7 +44,7 @@ ARMS = {
     "mixture_of_two": [*TINY, "regularizer=mixture_of_two"],
     "fictitious_play-union": [*FICTITIOUS, "regularizer.pairs=union"],
 }
-APART = ("run.json", "run.log", "config.yaml", ".lock", ".owner.json")  # hold times; run.json is compared by no one
+APART = ("run.json", "run.log", "config.yaml", "report.html", ".lock", ".owner.json")  # hold times
 SOURCES = ("model/", "run.json")  # what is refused where it is damaged; the rest is made again
 
 

@@ -275,6 +275,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
 
     from spin_reg import launch, points, results
     from spin_reg.console import Screen, closing_words, short
+    from spin_reg.report.sheets import PAGE
 
     hydra = HydraConfig.get()
     screen = Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
@@ -288,7 +289,7 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
                 screen.close()
         value = results.objective(planned.root, planned.config.objective)
         closing_words(planned, screen, everything=only_evaluate)
-        if planned.made:
+        if planned.made or not (planned.root / PAGE).exists():  # a kill may have come between
             page_after([planned.root])
         if hydra.mode == RunMode.MULTIRUN:
             stopping.poll()  # a signal that came when this point was all but done is meant for the others

@@ -178,13 +178,14 @@ def write(story: Story, folder: Path, *, png: bool) -> int:
         if old.stem not in made and old.read_text(encoding="utf-8", errors="replace").startswith(MARK):
             durable.remove(old)
             durable.remove(old.with_suffix(".png"))
-    for name, drawing in made.items():
-        marked = MARK + drawing.removeprefix("<svg ")
-        durable.write_bytes(folder / f"{name}.svg", marked.encode() + b"\n")
-        if draw is not None:
-            durable.write_bytes(folder / f"{name}.png", draw(marked))
-        else:
-            durable.remove(folder / f"{name}.png")  # of an older state: it would not be what the SVG shows
+    with durable.disk_errors(folder):  # not flushed one by one: what a power cut spoils is drawn again
+        for name, drawing in made.items():
+            marked = MARK + drawing.removeprefix("<svg ")
+            (folder / f"{name}.svg").write_bytes(marked.encode() + b"\n")
+            if draw is not None:
+                (folder / f"{name}.png").write_bytes(draw(marked))
+            else:  # of an older state: it would not be what the SVG shows
+                (folder / f"{name}.png").unlink(missing_ok=True)
     return len(made)
 
 

@@ -227,7 +227,7 @@ def _recipe(settings: Config, k: int) -> str:
     each = ", each log-ratio divided by its answer's number of tokens" if mean else ""
     return f"""\
 {PAPERS}: the policy is trained on SFT data to tell real answers y from those y' that earlier iterates
-gave to the same prompts x. pi_0 is the base. Iteration t makes pi_(t+1) out of pi_t over pairs (y, y'): it minimises
+gave to the same prompts x. pi_0 is the base. Iteration t makes pi_(t+1) out of pi_t; over pairs (y, y') it minimises
 the {settings.loss.name.value} loss of z = beta Delta: {loss}
 
     Delta = (log pi(y|x) - log r(y|x)) - (log pi(y'|x) - log r(y'|x))

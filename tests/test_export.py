@@ -117,7 +117,7 @@ def test_pairs_for_trl_hold_our_ids_and_references(chats: Path, command: Command
     from datasets import load_dataset
 
     text = exported(command, chats, tmp_path / "pairs", "--format", "trl")
-    assert DatasetCard(text).data.to_dict()["configs"][0]["data_files"] == "data/train-*.parquet"
+    assert "spin-reg" in DatasetCard(text).data.tags
     found = load_dataset(str(tmp_path / "pairs"), split="train", cache_dir=str(tmp_path / "cache"))
     ours = pq.read_table(chats / "iteration-00/pairs.parquet").to_pylist()
     tokenizer = models.byte_tokenizer()
@@ -132,6 +132,19 @@ def test_pairs_for_trl_hold_our_ids_and_references(chats: Path, command: Command
         whole = tokenizer(row["prompt"] + row["rejected"] + end)["input_ids"]
         same += whole == pair["prompt_ids"] + pair["generated_ids"]
     assert f"{same} of the {len(ours)} rows" in " ".join(text.split())
+
+
+def test_a_folder_s_name_does_not_bring_back_an_earlier_export(run: Path, command: Command, tmp_path: Path) -> None:
+    """`datasets` keeps what it has read; another export under the same name is another data set."""
+    from datasets import load_dataset
+
+    for t in (0, 1):
+        pairs = tmp_path / str(t) / "pairs"
+        pairs.parent.mkdir()
+        exported(command, run, pairs, "--format", "trl", "--iteration", str(t))
+        found = load_dataset(str(pairs), split="train", cache_dir=str(tmp_path / "cache"))
+        ours = pq.read_table(run / f"iteration-0{t}/pairs.parquet").column("reference_generated_logprob").to_pylist()
+        assert found["ref_rejected_logps"][:] == ours
 
 
 def test_pairs_for_spin_hold_whole_conversations(chats: Path, command: Command, tmp_path: Path) -> None:

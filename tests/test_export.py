@@ -5,15 +5,14 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL, Command, read_jsonl
+from conftest import SMALL, Command, Result, read_jsonl
 from fakehub import FakeHub, files, serving
 from huggingface_hub import DatasetCard, ModelCard
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_reg import card, hub, models, named, opponents
 from spin_reg.opponents import Generator, Iterate, arithmetic, geometric
@@ -21,9 +20,10 @@ from spin_reg.opponents import Generator, Iterate, arithmetic, geometric
 CHATTY = ["dataset.num_prompts=16", "generation.max_new_tokens=6", "schedule.iterations=1", "schedule.epochs=1"]
 
 
-@pytest.fixture(scope="module")
-def run(undisturbed: Callable[..., Path]) -> Path:
-    return undisturbed(*SMALL, "run_name=run", "schedule.iterations=2")
+@pytest.fixture
+def run(swept: tuple[Path, Result]) -> Path:
+    (found,) = swept[0].glob("tiny-toy-kl-alpha0.5-seed0-*")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +70,9 @@ def test_the_card_says_what_the_run_was(run: Path, command: Command, tmp_path: P
     rows = [row for row in read_jsonl(run / "metrics.jsonl") if "iterate" in row]
     best = min(rows, key=lambda row: row["eval/heldout_nll"])
     shown = rf"\| heldout_nll \| {best['eval/heldout_nll']:.4g} ± {best['eval/heldout_nll_se']:.2g} \|"
-    assert re.search(shown, text) and f"Iterate {best['iterate']} of the run `run`" in text
+    assert re.search(shown, text) and f"Iterate {best['iterate']} of the run `{run.name}`" in text
     assert "| 1 | pi_1 | `1/2 log pi_0(y) + 1/2 log pi_1(y)` | 0.01 | 1 | 2 |" in text
     assert "log(1 + exp(-z))" in text and "schedule.learning_rate: [0.01]" in text
-
-
-def test_the_card_s_own_lines_load_the_iterate(run: Path, command: Command, tmp_path: Path) -> None:
-    text = exported(command, run, tmp_path / "mine", "--iterate", "1")
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
-    scope: dict[str, Any] = {}
-    exec(code.replace('"mine"', repr(str(tmp_path / "mine"))), scope)
-    saved = AutoModelForCausalLM.from_pretrained(run / "iterate-01/model").state_dict()
-    assert all(torch.equal(weight, saved[name]) for name, weight in scope["model"].state_dict().items())
 
 
 def test_a_base_s_card_gives_the_licence_and_no_path_of_this_machine_is_told(

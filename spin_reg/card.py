@@ -81,15 +81,18 @@ def of_iterate(settings: Config, root: Path, iterate: Named, *, name: str, licen
 
 
 def of_pairs(settings: Config, root: Path, t: int, *, name: str, license: str | None, columns: str, use: str) -> str:
-    """The README.md of the pairs of iteration t; `columns` and `use` are their format's own words."""
+    """The README.md of the pairs of iteration t; `columns` and `use` are their format's own words.
+
+    It names no `configs`: with them `datasets` keeps a local folder in its cache under the folder's name alone, and a
+    later export with that name would be read as this one.
+    """
     head = {"license": license, "tags": ["spin-reg", "self-play", "preference"]}
-    front = _front(head | {"configs": [{"config_name": "default", "data_files": "data/train-*.parquet"}]})
     said = (
         f"What iteration {t} of the run `{root.name}` trained on: real answers, and those of the policies it played "
         f"against. Data: {_data(settings, root)} Made with spin-reg {__version__}."
     )
     table = _table(("t", "answers from", "log r(y)", *RATES), [_iteration(settings, t)])
-    parts = [front, f"# {name}", said, table, f"## Columns\n\n{columns}", f"## Use\n\n{use}"]
+    parts = [_front(head), f"# {name}", said, table, f"## Columns\n\n{columns}", f"## Use\n\n{use}"]
     return "\n\n".join([*parts, f"## Settings\n\n{_settings(settings, root)}"]) + "\n"
 
 
@@ -227,7 +230,7 @@ def _recipe(settings: Config, k: int) -> str:
     each = ", each log-ratio divided by its answer's number of tokens" if mean else ""
     return f"""\
 {PAPERS}: the policy is trained on SFT data to tell real answers y from those y' that earlier iterates
-gave to the same prompts x. pi_0 is the base. Iteration t makes pi_(t+1) out of pi_t over pairs (y, y'): it minimises
+gave to the same prompts x. pi_0 is the base. Iteration t makes pi_(t+1) out of pi_t; over pairs (y, y') it minimises
 the {settings.loss.name.value} loss of z = beta Delta: {loss}
 
     Delta = (log pi(y|x) - log r(y|x)) - (log pi(y'|x) - log r(y'|x))

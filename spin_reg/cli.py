@@ -93,7 +93,8 @@ def _train(program: str, words: list[str]) -> int:
 
 
 def _plan(program: str, words: list[str]) -> int:
-    return _compose(program, words, _show_plan, verb="plan")
+    settings = [word for word in words if word != "--json"]
+    return _compose(program, settings, partial(_show_plan, as_json=len(settings) < len(words)), verb="plan")
 
 
 def _resume(program: str, words: list[str]) -> int:
@@ -296,24 +297,8 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
     return points.Made(planned.root, planned.made, value)
 
 
-def _show_plan(cfg: Any) -> None:
-    from spin_reg import asking, estimate, launch, space
-    from spin_reg.console import short
+def _show_plan(cfg: Any, *, as_json: bool) -> None:
+    from spin_reg import preview
 
     planned = _planned(cfg)
-    width = max(len(stage.name) for stage in planned.stages)
-    print(f"run {short(planned.root)}")
-    for stage, state in zip(planned.stages, planned.states, strict=True):
-        print(f"  {state.status:5}  {stage.name:{width}}  {state.reason}")
-    needed, room = launch.disk(planned), space.human(space.free(planned.outputs))
-    counts = {s: sum(state.status == s for state in planned.states) for s in {state.status for state in planned.states}}
-    print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
-    if planned.stop is not None:
-        print(f"  stopped {planned.stop.words()}")
-    tokens, memory, asked = launch.estimates(planned)
-    print(f"  tokens: {tokens.words()}")
-    if asked.calls or asked.cached:
-        print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
-    print(f"  memory: {memory.words(estimate.room())}")
-    print(f"  time: {launch.time_left(planned).words()}")
-    print(f"  disk: {needed.words()}; {room} free")
+    preview.show_json(planned) if as_json else preview.show(planned)

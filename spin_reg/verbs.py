@@ -39,12 +39,13 @@ TABLE: dict[str, Verb] = {
     "plan": Verb(
         "print what train would do, what is done, and what it may cost; runs nothing",
         "A line a stage, done, reuse, todo or stale, and why; then tokens, memory, time and disk.",
-        (SWEEP, JOB),
+        (SWEEP, JOB, Word("--json", "a JSON object for each run: stages, tokens, bytes, seconds")),
         settings=True,
         composed=True,
         examples=(
             ("spin-reg plan regularizer=kl alpha=0.5", "before a run, or between two of its calls"),
             ("spin-reg plan experiment=small_lora", "what a preset would need"),
+            ("spin-reg plan alpha=0.5 --json", "for a script"),
         ),
         exits=(0, 1, 2, 3),
     ),

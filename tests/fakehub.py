@@ -1,5 +1,7 @@
-"""A Hub on this machine: as much of its protocol as huggingface_hub and datasets use to read, and what was asked."""
+"""A Hub on this machine: as much of its protocol as huggingface_hub and datasets use to read, and to push what is kept
+in git; and what was asked."""
 
+import base64
 import hashlib
 import json
 import math
@@ -49,6 +51,8 @@ class Asked:
     path: str
     start: int = 0
     end: int = -1
+    token: str | None = None
+    body: bytes = b""
 
 
 @dataclass
@@ -132,8 +136,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         words = path.split("/")
-        asked = Asked(self.command, path)
+        asked = Asked(self.command, path, token=self.headers.get("Authorization"), body=body)
         self.shown.asked.append(asked)
+        if path == "api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+            return
+        if path == "api/repos/create":
+            wanted = json.loads(body)
+            name = "/".join(filter(None, [wanted.get("organization"), wanted["name"]]))
+            self.shown.commits.setdefault(f"{wanted.get('type', 'model')}s/{name}", {})
+            self._json({"url": f"http://127.0.0.1:{self.shown.port}/{name}"})
+            return
+        if len(words) == 6 and words[4] in ("preupload", "commit"):
+            self._pushed("/".join(words[1:4]), words[4], body)
+            return
         if words[0] == "api" and len(words) >= 4 and words[1] in ("models", "datasets"):
             self._api("/".join(words[1:4]), words[4:], body)
         elif "resolve" in words:
@@ -143,6 +159,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(kind, words[at + 1], "/".join(words[at + 2 :]), asked)
         else:
             self._send(404, b"{}")
+
+    def _pushed(self, repository: str, verb: str, body: bytes) -> None:
+        """What comes before a push (every file is wanted in git), and the push."""
+        if verb == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            self._json({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
+            return
+        lines = [json.loads(line) for line in body.splitlines()]
+        sent = {v["path"]: base64.b64decode(v["content"]) for v in (x["value"] for x in lines if x["key"] == "file")}
+        commit = self.shown.push(repository, sent)
+        address = f"http://127.0.0.1:{self.shown.port}/{repository.partition('/')[2]}/commit/{commit}"
+        self._json({"success": True, "commitOid": commit, "commitUrl": address, "hookOutput": ""})
 
     def _commit(self, repository: str, revision: str) -> str | None:
         """The commit that a revision means; answers 404 where there is none."""

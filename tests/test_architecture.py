@@ -125,6 +125,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "points",
             "card",
             "handover",
+            "preview",
             "sample",
             "completion",
             "report",

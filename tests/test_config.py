@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -274,3 +275,17 @@ def test_an_experiment_may_set_any_key_and_the_command_line_still_wins(tmp_path:
         assert found.schedule.optimizer == "rmsprop"  # the model's own schedule, of the model that the experiment chose
         found = config.load(compose("config", ["experiment=own", "seed=1", "alpha=0.1"]))
     assert (found.seed, found.alpha) == (1, 0.1)
+
+
+def test_a_plan_for_programs_says_what_the_one_for_people_says(command: Command, tmp_path: Path) -> None:
+    words = ["tracker=none", "schedule.iterations=1", f"outputs={tmp_path}", "run_name=run"]
+    shown, said = command("plan", *words), command("plan", "--json", *words)
+    assert (shown.code, said.code) == (0, 0), said.err
+    (found,) = [json.loads(line) for line in said.out.splitlines()]
+    assert found["run"] == str(tmp_path / "run") and not found["finished"] and not (tmp_path / "run").exists()
+    for stage in found["stages"]:
+        assert re.search(
+            rf"^  {stage['status']} +{stage['name']} +{re.escape(stage['reason'])}$", shown.out, flags=re.M
+        )
+    assert len(found["stages"]) == shown.out.count("  todo ") and found["tokens"]["drawn"] > 0
+    assert found["disk"]["peak"] > 0 and found["time"]["seconds"] == 0

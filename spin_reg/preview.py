@@ -1,0 +1,43 @@
+"""What `plan` prints: the stages of a run and how each stands, and what is left may cost; for people or programs."""
+
+import json
+from collections import Counter
+
+from spin_reg import asking, estimate, launch, space
+from spin_reg.console import short
+from spin_reg.fingerprint import plain
+from spin_reg.launch import Planned
+
+
+def show(planned: Planned) -> None:
+    """A line a stage, then tokens, memory, time and disk."""
+    width = max(len(stage.name) for stage in planned.stages)
+    print(f"run {short(planned.root)}")
+    for stage, state in zip(planned.stages, planned.states, strict=True):
+        print(f"  {state.status:5}  {stage.name:{width}}  {state.reason}")
+    needed, room = launch.disk(planned), space.human(space.free(planned.outputs))
+    counts = Counter(state.status for state in planned.states)
+    print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
+    if planned.stop is not None:
+        print(f"  stopped {planned.stop.words()}")
+    tokens, memory, asked = launch.estimates(planned)
+    print(f"  tokens: {tokens.words()}")
+    if asked.calls or asked.cached:
+        print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
+    print(f"  memory: {memory.words(estimate.room())}")
+    print(f"  time: {launch.time_left(planned).words()}")
+    print(f"  disk: {needed.words()}; {room} free")
+
+
+def show_json(planned: Planned) -> None:
+    """The same as one JSON object on a line: bytes, tokens and seconds as numbers."""
+    tokens, memory, asked = launch.estimates(planned)
+    stages = [
+        {"name": stage.name, "status": state.status, "reason": state.reason}
+        for stage, state in zip(planned.stages, planned.states, strict=True)
+    ]
+    found = {"run": planned.root, "finished": planned.finished, "stages": stages, "tokens": tokens}
+    found |= {"stopped": None if planned.stop is None else planned.stop.words(), "judge": asked}
+    found |= {"memory": dict(memory.by_kind), "room": estimate.room(), "time": launch.time_left(planned)}
+    found |= {"disk": launch.disk(planned), "free": space.free(planned.outputs)}
+    print(json.dumps(plain(found), ensure_ascii=False, allow_nan=False))

@@ -21,6 +21,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("outputs")
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_but_rounding(train: Train, tmp_path: Path) -> None:
     """1 x 8 = 8 x 1: the same trajectory of losses."""
     runs = [

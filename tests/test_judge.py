@@ -388,6 +388,7 @@ def liking_the_first(request: dict[str, Any]) -> str:
     return "[[A]]" if "ASSISTANT B" in text else f"[[{len(text) % 9 + 1}]]"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_judged_and_only_what_is_missing_is_asked(
     train: Callable[..., Path], command: Command, served: Served, file: Path
 ) -> None:

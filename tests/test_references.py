@@ -81,6 +81,7 @@ def test_iteration_0_is_the_same_for_every_regularizer_bit_for_bit(train: Train,
     assert len({weights(root, 3) for root in roots}) == len(roots)  # and then they part
 
 
+@pytest.mark.slow
 def test_identities_hold_bit_for_bit_without_sharing_a_stage(train: Train, tmp_path: Path) -> None:
     """alpha = 0 is SPIN, a history of one is SPIN: run apart, in folders that cannot share."""
     spin = train("regularizer=none", outputs=tmp_path / "a")

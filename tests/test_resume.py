@@ -46,6 +46,7 @@ def test_an_outputs_that_cannot_be_made_is_told_in_four_lines(command: Command, 
     assert result.code == 1 and len(result.err.splitlines()) == 4 and "could not be written" in result.err
 
 
+@pytest.mark.slow
 def test_more_iterations_go_on_from_the_last(train: Train, command: Command, tmp_path: Path) -> None:
     root = train("regularizer=none", "schedule.iterations=1")
     first = weights(root, 1)
@@ -194,6 +195,7 @@ def test_asking_for_fewer_iterations_takes_nothing_away(train: Train, command: C
     assert "finished" in command("resume", str(root), "evaluation.num_samples=2").err
 
 
+@pytest.mark.slow
 def test_evaluate_needs_no_word_but_the_run(train: Train, command: Command) -> None:
     root = train("evaluation=none", "schedule.iterations=1")
     assert command("evaluate", str(root)).code == 0

@@ -86,6 +86,7 @@ def test_a_disk_without_room_exits_6_before_anything_is_made(
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
+@pytest.mark.slow
 def test_only_needed_weights_stay_and_what_comes_later_is_the_same(
     words: list[str], left: list[int], longer: list[int], train: Train, command: Command, outputs: Path, tmp_path: Path
 ) -> None:

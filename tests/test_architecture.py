@@ -68,6 +68,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "selfcheck",
             "harness",
             "answering",
+            "ranks",
         }
         | {"questions", "judging", "asking", "replies"},
         {

@@ -1,0 +1,82 @@
+"""The processes that work on one stage together: who this one is, and what they tell each other.
+
+What they tell each other goes as JSON through the store that the process group was made with, which rank 0's side holds
+and everybody asks. No collective is at work while one waits for another, so none can time out, however long that takes;
+and waiting is polling, so a signal is heard meanwhile. Every rank must make the same calls in the same order. Where
+torch.distributed has no group there is one rank, and each call answers at once.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+EVERY = (0.001, 0.2)  # seconds between two looks into the store: at first, and after a while
+_calls = [0]  # how many there were; all ranks count alike, so that a number is one call
+
+
+def _nothing() -> None:
+    """Nobody asks to stop."""
+
+
+def rank() -> int:
+    """This process among those that work together, from 0."""
+    return dist.get_rank() if _together() else 0
+
+
+def world() -> int:
+    """How many work together."""
+    return dist.get_world_size() if _together() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the one that does what must be done once."""
+    return rank() == 0
+
+
+def gathered(value: Any, poll: Callable[[], None] = _nothing) -> list[Any]:
+    """Every rank's value, in the order of ranks; values are what JSON holds.
+
+    Args:
+        poll: called again and again while others are waited for; what it raises ends the wait.
+    """
+    if world() == 1:
+        return [value]
+    store, call = _get_default_store(), _calls[0]
+    _calls[0] += 1
+    store.set(_key(call, rank()), json.dumps(value))
+    keys = [_key(call, r) for r in range(world())]
+    _await(lambda: bool(store.check(keys)), poll)
+    found = [json.loads(store.get(key)) for key in keys]
+    if call:  # all have come here, so all have read what was told in the call before
+        store.delete_key(_key(call - 1, rank()))
+    return found
+
+
+def from_main(value: Any, poll: Callable[[], None] = _nothing) -> Any:
+    """Rank 0's value; what the others give is not looked at."""
+    return gathered(value if is_main() else None, poll)[0]
+
+
+def wait(poll: Callable[[], None] = _nothing) -> None:
+    """Until all ranks are here."""
+    gathered(None, poll)
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _key(call: int, who: int) -> str:
+    return f"spin_reg/{call}/{who}"
+
+
+def _await(there: Callable[[], bool], poll: Callable[[], None]) -> None:
+    pause, longest = EVERY
+    while not there():
+        poll()
+        time.sleep(pause)
+        pause = min(2 * pause, longest)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from threading import Thread
 
 from spin_reg import stopping
@@ -17,13 +17,21 @@ KEPT = 40  # lines
 
 
 def run(
-    command: Sequence[str], environment: Mapping[str, str], *, poll: Callable[[], None], heard: Callable[[str], None]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    poll: Callable[[], None],
+    heard: Callable[[str], None] = lambda line: None,
+    ask: Callable[[], None] | None = None,
+    kill: Callable[[], None] = lambda: None,
 ) -> tuple[int, list[str]]:
     """Run a program to its end: its exit code (negative: the signal that ended it) and the last lines that it said.
 
     Args:
         poll: called again and again meanwhile; where it raises, the program and its children are ended first.
         heard: called, between polls, with the line that it said last; lines that overwrite each other count.
+        ask: called again and again while a program that knows how to stop is to end, which then takes the time that it
+            needs; None: it is sent SIGTERM, and ended where it stays. kill: ends what is not in its process group.
     """
     process = subprocess.Popen(
         command,
@@ -37,14 +45,23 @@ def run(
     lines: deque[str] = deque(maxlen=KEPT)
     reader = Thread(target=_read, args=(process.stdout.fileno(), lines), name="child", daemon=True)
     reader.start()
-    with stopping.ending(lambda: _signal(process, signal.SIGKILL)):
+
+    def end() -> None:
+        _signal(process, signal.SIGKILL)
+        kill()
+
+    def wait() -> None:
+        process.wait()
+
+    with stopping.ending(end), stopping.saving(wait) if ask else nullcontext():
         try:
             while _running(process):
                 poll()
                 if lines:
                     heard(lines[-1])
         finally:
-            _end(process)
+            _end(process, ask)
+            kill()
     reader.join(PATIENCE)
     return process.returncode, list(lines)
 
@@ -55,9 +72,13 @@ def _running(process: "subprocess.Popen[bytes]") -> bool:
     return process.returncode is None
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", ask: Callable[[], None] | None) -> None:
     """Where it still runs: ask it to end, and end it where it does not; its children with it."""
-    if process.poll() is None:
+    if process.poll() is None and ask is not None:
+        ask()
+        while _running(process):
+            ask()
+    elif process.poll() is None:
         _signal(process, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(PATIENCE)

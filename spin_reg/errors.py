@@ -14,6 +14,20 @@ class SpinRegError(Exception):
         return f"{self.what}\n  where: {self.where}\n  why:   {self.why}\n  to do: {self.todo}"
 
 
+def told(error: SpinRegError) -> dict[str, str]:
+    """An error as another process is told of it; `heard` makes it again."""
+    parts = {"what": error.what, "where": error.where, "why": error.why, "todo": error.todo}
+    return {"kind": type(error).__name__, **parts}
+
+
+def heard(parts: dict[str, str]) -> SpinRegError:
+    """The error that another process told of."""
+    known: list[type[SpinRegError]] = [SpinRegError, *SpinRegError.__subclasses__()]
+    kinds = {kind.__name__: kind for kind in known}
+    kind = kinds[parts["kind"]]
+    return kind(parts["what"], where=parts["where"], why=parts["why"], todo=parts["todo"])
+
+
 class ConfigError(SpinRegError):
     """A setting that is unknown, out of range, without effect, or at odds with an existing run."""
 

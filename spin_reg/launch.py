@@ -24,6 +24,7 @@ from spin_reg import (
     judges,
     origins,
     pace,
+    processes,
     results,
     rundir,
     runlog,
@@ -217,6 +218,7 @@ def _run(planned: Planned, listener: Listener) -> Planned:
                     listener=listener,
                     sink=mirror,
                     clock=time.monotonic,
+                    run=processes.run_with(settings.hardware),
                     unneeded=goes if planned.whole and keep is not KeepIterates.all else None,
                     enough=enough if planned.whole else None,
                 )
@@ -271,7 +273,7 @@ def environment(settings: Config) -> None:
         os.environ.setdefault(name, value)
     from spin_reg import models
 
-    models.environment(settings.hardware.threads or os.cpu_count() or 1)
+    models.environment(processes.threads(settings.hardware))
 
 
 def _saved(root: Path) -> dict[str, Any] | None:
@@ -312,7 +314,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "sources": origins.record(settings, found, before.get("sources", {})),
         "versions": before.get("versions") or versions.here(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
-        "threads": settings.hardware.threads or os.cpu_count(),
+        "threads": processes.threads(settings.hardware),
     }
     text = config.as_yaml(settings).encode()
     durable.write_record(path, value | {"config_sha256": sha256(text).hexdigest()})  # first: it makes the folder ours

@@ -15,6 +15,7 @@ from spin_reg.context import Context, Logged, Sink
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
+from spin_reg.specs import Spec
 
 METRICS = "metrics.jsonl"
 Rows = list[dict[str, Any]]
@@ -260,8 +261,13 @@ class _Maker:
 
 
 def run_stage(stage: Stage, inputs: dict[str, Path], work: Path, context: Context) -> None:
-    """Run a stage's code; its module (and torch) is imported only now."""
-    importlib.import_module(f"spin_reg.stages.{stage.kind}").run(stage.spec, inputs, work, context)
+    """Run a stage's code in this process."""
+    run_spec(stage.spec, inputs, work, context)
+
+
+def run_spec(spec: Spec, inputs: dict[str, Path], work: Path, context: Context) -> None:
+    """Run the code that a spec is for; its module (and torch) is imported only now."""
+    importlib.import_module(f"spin_reg.stages.{spec.kind}").run(spec, inputs, work, context)
 
 
 def refused(root: Path, stage: Stage, state: State) -> ConfigError:

@@ -308,6 +308,7 @@ class Hardware:
 
     `batch_tokens`: what the model reads at once in training and scoring; one prompt with its answers always fits.
     `micro_batch_size` pairs and `score_batch_size` answers are the most, where that is to be fewer.
+    `isolate`: each stage that loads a model is a process of its own.
     """
 
     precision: Precision = Precision.fp32
@@ -316,7 +317,10 @@ class Hardware:
     score_batch_size: int | None = runtime(None)
     gradient_checkpointing: bool = runtime(False)
     threads: int | None = runtime(None)
+    isolate: bool = runtime(False)
+    processes: int = runtime(1)
 
     def __post_init__(self) -> None:
+        positive(hardware__processes=self.processes)
         positive(hardware__micro_batch_size=self.micro_batch_size, hardware__threads=self.threads)
         positive(hardware__score_batch_size=self.score_batch_size, hardware__batch_tokens=self.batch_tokens)

@@ -40,6 +40,11 @@ def poll() -> None:
         raise stopped()
 
 
+def asked() -> int | None:
+    """The signal that has asked for it; None where none has."""
+    return _asked[0] if _asked else None
+
+
 def stopped() -> Stopped:
     """The error for a run that a signal stopped; `goes_on_by` adds a way to go on."""
     name = signal.Signals(_asked[0]).name if _asked else "SIGINT"

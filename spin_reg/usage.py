@@ -1,4 +1,4 @@
-"""What a stage takes: seconds, and the most memory that the process held meanwhile."""
+"""What a stage takes: seconds, and the most memory that a process held meanwhile."""
 
 import resource
 import sys
@@ -7,14 +7,22 @@ from pathlib import Path
 from typing import Any
 
 SELF = Path("/proc/self")
+_others: dict[str, int] = {}  # the peaks of processes that were run for the stage
 
 
 def begin() -> None:
     """Forget the peak so far, where the system can (Linux)."""
     with suppress(OSError):
         (SELF / "clear_refs").write_text("5")
+    _others.clear()
     if _cuda() is not None:
         _cuda().reset_peak_memory_stats()
+
+
+def heard(peak: dict[str, int]) -> None:
+    """Take what another process held at most into account: of several it is the one with most that counts."""
+    for name, count in peak.items():
+        _others[name] = max(count, _others.get(name, 0))
 
 
 def peak() -> dict[str, int]:
@@ -22,7 +30,9 @@ def peak() -> dict[str, int]:
     process began), and on a GPU `peak_gpu_memory`, what PyTorch allocated there.
     """
     found = {"peak_memory": _resident()}
-    return found if _cuda() is None else found | {"peak_gpu_memory": int(_cuda().max_memory_allocated())}
+    if _cuda() is not None:
+        found["peak_gpu_memory"] = int(_cuda().max_memory_allocated())
+    return {name: max(found.get(name, 0), _others.get(name, 0)) for name in {**found, **_others}}
 
 
 def _resident() -> int:

@@ -29,6 +29,8 @@ GROUND = {
     "stopping",
     "child",
     "usage",
+    "wire",
+    "jobs",
     "grammar",
     "verbs",
     "manual",
@@ -102,12 +104,14 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "claims",
             "rundir",
             "runner",
+            "processes",
+            "worker",
             "launch",
             "space",
             "estimate",
         }
         | {"named", "runlog", "results", "tracking", "groups"},
-        {"filelock", "wandb", "accelerate"},
+        {"filelock", "wandb", "accelerate", "torch"},
     ),
     (
         {

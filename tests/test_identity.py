@@ -112,8 +112,10 @@ TABLE = [
     Row("hardware", GROUP),
     Row("hardware.batch_tokens", RUNTIME, "300"),
     Row("hardware.gradient_checkpointing", RUNTIME, "true"),
+    Row("hardware.isolate", RUNTIME, "true"),
     Row("hardware.micro_batch_size", RUNTIME, "3"),  # but see the layout of bf16 in test_pipeline.py
     Row("hardware.precision", RESULT, "bf16"),
+    Row("hardware.processes", RUNTIME, "2"),
     Row("hardware.score_batch_size", RUNTIME, "3"),
     Row("hardware.threads", RUNTIME, "1"),
     Row("keep_iterates", RUNTIME, "last"),

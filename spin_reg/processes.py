@@ -1,0 +1,177 @@
+"""Which processes make a stage: the runner's own, one of its own, or several that torchrun starts.
+
+A process of its own gives all its memory back, and a crash in native code is that stage's failure and not the run's.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spin_reg import child, errors, jobs, runner, stopping, usage, wire
+from spin_reg.context import Context
+from spin_reg.errors import SpinRegError
+from spin_reg.jobs import Job
+from spin_reg.settings import Hardware
+from spin_reg.stage import Stage
+
+HEAVY = {"sft", "generate", "score", "train", "divergence", "converse"}  # they load a model
+SHARED = {"generate", "score", "divergence", "converse"}  # and deal their rows to ranks
+SHOWN = 4  # lines
+LAUNCHED = re.compile(r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_\w+|ROLE_\w+|MASTER_\w+|TORCHELASTIC_\w+)$")
+AGENT = re.compile(r"exitcode: (-?\d+)\) local_rank: (\d+)")  # torchrun, of the rank that ended first
+log = logging.getLogger(__name__)
+Run = Callable[[Stage, dict[str, Path], Path, Context], None]
+
+
+def run_with(hardware: Hardware) -> Run:
+    """How the stages of a run are made."""
+    apart = hardware.isolate or hardware.processes > 1
+    return partial(_apart, hardware=hardware) if apart else runner.run_stage
+
+
+def threads(hardware: Hardware) -> int:
+    """Threads of one process: what was asked for, or its share of the cores."""
+    return hardware.threads or max(1, (os.cpu_count() or 1) // hardware.processes)
+
+
+def job_of(stage: Stage, inputs: Mapping[str, Path], work: Path, hardware: Hardware) -> Job:
+    """A stage as it is handed to other processes."""
+    folders = {role: str(folder.absolute()) for role, folder in inputs.items()}
+    count = hardware.processes if stage.kind in SHARED else 1
+    return Job(stage.name, stage.spec, folders, str(work.absolute()), threads(hardware), count)
+
+
+def _apart(stage: Stage, inputs: dict[str, Path], work: Path, context: Context, *, hardware: Hardware) -> None:
+    """Make a stage in one or more processes of its own, where it is a heavy one.
+
+    Raises:
+        SpinRegError: what they raised; or that one ended without a word. Stopped: once they have stopped.
+    """
+    if stage.kind not in HEAVY:
+        return runner.run_stage(stage, inputs, work, context)
+    job = job_of(stage, inputs, work, hardware)
+    scratch = stopping.temporary_folder()
+    with scratch as folder, wire.board(Path(folder, wire.NAME)) as board:
+        path = Path(folder, "job.json")
+        path.write_text(json.dumps(jobs.written(job), allow_nan=False), encoding="utf-8")
+        hearing = _Hearing(board, job, context)
+        code, lines = child.run(
+            command(job, path), environment(job), poll=hearing.poll, ask=hearing.ask, kill=board.kill
+        )
+        hearing.rest()
+        if lines:
+            log.info("%s: its processes also said:\n%s", job.name, "\n".join(lines))
+        if code != 0 or hearing.done < job.processes:
+            raise _crashed(job, code, lines, board.lost)
+
+
+def command(job: Job, path: Path) -> list[str]:
+    """The words that start a job's processes."""
+    worker = ["-m", "spin_reg.worker", str(path)]
+    if job.processes == 1:
+        return [sys.executable, *worker]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes)]
+    return [sys.executable, *launcher, *worker]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Theirs: without the ranks of a launcher above us, with our modules, and nothing from the folder they start in."""
+    ours = {name: value for name, value in os.environ.items() if not LAUNCHED.match(name)}
+    modules = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    said = {"PYTHONPATH": modules, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    return ours | said | {"OMP_NUM_THREADS": str(job.threads)}
+
+
+@dataclass
+class _Hearing:
+    """Passes on what workers say; `done`: how many have made all that was theirs."""
+
+    board: wire.Board
+    job: Job
+    context: Context
+    done: int = 0
+    asked: bool = False
+    failure: SpinRegError | None = field(default=None)
+
+    def poll(self) -> None:
+        self._hear()
+        if self.failure is not None and not self.board.lost:  # of a lost rank torchrun tells the others itself
+            raise self.failure
+        self.context.poll()
+
+    def ask(self) -> None:
+        if not self.asked:
+            self.asked = True
+            self.board.ask(stopping.asked() or signal.SIGTERM)
+        self._hear()
+
+    def rest(self) -> None:
+        """What came last, of processes that have ended."""
+        self._hear()
+        if self.failure is not None and not self.board.lost:
+            raise self.failure
+
+    def _hear(self) -> None:
+        for _, message in self.board.heard():
+            if "progress" in message:
+                self.context.progress(*message["progress"])
+            elif "row" in message:
+                self.context.log(message["row"])
+            elif "log" in message:
+                name, level, text = message["log"]
+                logging.getLogger(name).log(level, "%s", text)
+            elif "done" in message:
+                self.done += 1
+                usage.heard(message["done"])
+            elif self.failure is None and "hello" not in message:
+                self.failure = _failure(self.job, message)
+
+
+def _failure(job: Job, message: dict[str, Any]) -> SpinRegError:
+    """What a worker raised: our own errors as themselves, others with their traceback in the log."""
+    if "error" in message:
+        return errors.heard(message["error"])
+    kind, text, trace = message["failed"]
+    log.info("%s failed:\n%s", job.name, trace)  # what happened is told by the command
+    return SpinRegError(
+        f"{job.name} failed: {kind}.",
+        where=job.out.removesuffix(".tmp"),
+        why=" ".join(text.split())[:400] or "no message",
+        todo="the traceback is in the run's run.log; mend it and run the same command again",
+    )
+
+
+def _crashed(job: Job, code: int, lines: list[str], lost: list[int]) -> SpinRegError:
+    """The error for a process that ended without a word."""
+    who = "its process"
+    if job.processes > 1:
+        told = [match for match in map(AGENT.search, lines) if match]
+        code = int(told[-1][1]) if told else code
+        ranks = lost[:1] or [int(match[2]) for match in told[-1:]]
+        who = f"rank {ranks[0]} of {job.processes}" if ranks else f"one of its {job.processes} processes"
+    how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    how += ", which the system sends where memory runs out" if code == -signal.SIGKILL else ""
+    said = _last_words([line.strip() for line in lines])
+    return SpinRegError(
+        f"{job.name} ended without a word.",
+        where=job.out.removesuffix(".tmp"),
+        why=f"{who} {how}" + (f"; it said last: {' | '.join(said)}"[:800] if said else ""),
+        todo="run the same command again: what was finished stays, also of this stage; run.log has more of its words",
+    )
+
+
+def _last_words(lines: list[str]) -> list[str]:
+    """The end of what it said; where Python saw a crash in native code, up to that, and where it was."""
+    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+    if fatal is None:
+        return lines[-SHOWN:]
+    place = [line for line in lines[fatal:] if line.startswith("File ")]
+    return [*lines[max(0, fatal + 1 - SHOWN) : fatal + 1], *place[:1]]

@@ -1,0 +1,208 @@
+"""Stages in processes of their own: the same results, and whatever ends one of them is told and can be gone on from."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SMALL, Command, weights
+
+from spin_reg import console, errors, processes
+from spin_reg.settings import Hardware
+
+pytestmark = pytest.mark.slow  # a process that loads torch takes seconds
+WORDS = [*SMALL, "schedule.iterations=1", "schedule.epochs=2", "evaluation=none", "run_name=run"]
+APART = "hardware.isolate=true"
+ANSWERS, SCORES, MODEL = "iterate-00/answers/train-00", "iterate-00/scores/train-real", "iterate-01/model"
+
+TRAP = """
+import os, signal, sys, time
+if "spin_reg.worker" in sys.orig_argv:
+    from spin_reg.stages import generate
+    generate.SHARD = 8
+    from spin_reg import durable, fit
+    count = [0]
+    def after(owner, name, act):
+        real = getattr(owner, name)
+        def call(*args, **kwargs):
+            result = real(*args, **kwargs)
+            act(*args)
+            return result
+        setattr(owner, name, call)
+"""
+AT_THE_SECOND_SHARD = """
+    def shard(path, content):
+        count[0] += "shards" in str(path)
+        if count[0] == 2:
+            ACT
+    after(durable, "write_bytes", shard)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(undisturbed: Callable[..., Path]) -> Path:
+    """The run, made in one process, that nothing disturbed."""
+    return undisturbed(*WORDS)
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made, tmp_path / "outputs/run")
+    return tmp_path / "outputs/run"
+
+
+@pytest.fixture
+def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """What a worker does beside its work: code that Python runs as it starts."""
+
+    def lay(code: str = "", act: str = "") -> None:
+        (tmp_path / "trap").mkdir(exist_ok=True)
+        (tmp_path / "trap/sitecustomize.py").write_text(TRAP + code.replace("ACT", act))
+
+    lay()
+    monkeypatch.syspath_prepend(str(tmp_path / "trap"))
+    return lay
+
+
+def again(root: Path, *folders: str) -> list[str]:
+    """Words for a run whose stages in these folders are still to be made."""
+    for folder in folders:
+        shutil.rmtree(root / folder)
+    return ["train", *WORDS, f"outputs={root.parent}", APART]
+
+
+def same(one: Path, other: Path) -> bool:
+    names = sorted(p.relative_to(one) for p in one.rglob("*.parquet"))
+    return (
+        names == sorted(p.relative_to(other) for p in other.rglob("*.parquet"))
+        and all((one / name).read_bytes() == (other / name).read_bytes() for name in [*names, Path("metrics.jsonl")])
+        and weights(one, 1) == weights(other, 1)
+    )
+
+
+def test_a_run_in_processes_of_their_own_holds_what_one_in_one_process_holds(
+    made: Path, command: Command, tmp_path: Path
+) -> None:
+    result = command("train", *WORDS, f"outputs={tmp_path}", APART)
+    assert result.code == 0, result.err
+    assert same(tmp_path / "run", made)
+    log = (tmp_path / "run/run.log").read_text()
+    assert log.count("peak_memory") == 6
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [("os.kill(os.getpid(), signal.SIGSEGV)", "signal 11 (SIGSEGV)"), ("os.abort()", "signal 6 (SIGABRT)")],
+)
+def test_a_crash_is_that_stages_failure_and_the_same_command_goes_on(
+    act: str, said: str, made: Path, root: Path, command: Command, trap: Callable[..., None]
+) -> None:
+    trap(AT_THE_SECOND_SHARD, "print('these were its words', flush=True); " + act)
+    words = again(root, ANSWERS)
+    result = command(*words)
+    assert result.code == 1 and len(result.err.splitlines()[-4:]) == 4
+    what, where, why, todo = result.err.splitlines()[-4:]
+    assert ANSWERS in what and str(root / ANSWERS) in where and "same command" in todo
+    assert said in why and "Fatal Python error" in why
+    assert "these were its words" in (root / "run.log").read_text()
+    shards = list((root / f"{ANSWERS}.tmp/.scratch/shards").iterdir())
+    assert len(shards) == 2
+    trap(AT_THE_SECOND_SHARD, "raise RuntimeError('one shard was left to be made')")
+    assert command(*words).code == 0
+    assert same(root, made)
+
+
+def test_our_errors_arrive_as_themselves(root: Path, command: Command, trap: Callable[..., None]) -> None:
+    raised = "from spin_reg.errors import NonFiniteError as E; raise E('A what.', where='a', why='b', todo='c')"
+    trap(AT_THE_SECOND_SHARD, raised)
+    result = command(*again(root, ANSWERS))
+    assert result.code == 5
+    assert result.err.splitlines()[-4:] == ["spin-reg: A what.", "  where: a", "  why:   b", "  to do: c"]
+
+
+def test_other_errors_have_their_traceback_in_the_log(root: Path, command: Command, trap: Callable[..., None]) -> None:
+    trap(AT_THE_SECOND_SHARD, "raise RuntimeError('oh no')")
+    result = command(*again(root, ANSWERS))
+    assert result.code == 1 and "RuntimeError" in result.err and "why:   oh no" in result.err
+    assert "Traceback" in (root / "run.log").read_text() and "in shard" in (root / "run.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_worker_which_keeps_what_it_has_trained(
+    number: signal.Signals,
+    made: Path,
+    root: Path,
+    command: Command,
+    trap: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trap("    after(fit._State, 'update', lambda state, row: time.sleep(0.5 * (row['step'] >= 4)))\n")
+    words = again(root, MODEL)
+
+    def progress(self: Any, done: int, total: int, unit: str) -> None:
+        if (done, unit) == (4, "step"):
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console.Screen, "progress", progress)
+        result = command(*words)
+    assert result.code == 75 and f"Stopped by {number.name}" in result.err, result.err
+    (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
+    assert kept.name in ("checkpoint-000000004", "checkpoint-000000005")
+    trap()
+    assert command(*words).code == 0
+    assert same(root, made)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def within(seconds: float, true: Callable[[], bool]) -> bool:
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.05)
+    return true()
+
+
+@pytest.mark.parametrize("how", ["killed", "asked twice"])
+def test_no_worker_outlives_the_command(how: str, root: Path, trap: Callable[..., None], tmp_path: Path) -> None:
+    busy = "__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 10**9)"
+    trap(AT_THE_SECOND_SHARD, f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); {busy}")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "trap"), *sys.path])}
+    words = [sys.executable, "-m", "spin_reg", *again(root, ANSWERS)]
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL)
+    assert within(60, lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
+    worker = int((tmp_path / "pid").read_text())
+    assert alive(worker)
+    if how == "killed":
+        process.kill()
+    else:
+        process.terminate()
+        time.sleep(0.5)
+        process.terminate()
+    assert process.wait(10) == (-9 if how == "killed" else 75)
+    assert within(3, lambda: not alive(worker))
+
+
+def test_errors_of_every_kind_come_back_as_they_were() -> None:
+    for kind in (errors.SpinRegError, *errors.SpinRegError.__subclasses__()):
+        error = kind("a", where="b", why="c", todo="d")
+        found = errors.heard(errors.told(error))
+        assert type(found) is kind and str(found) == str(error)
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for count, each in [(1, 8), (2, 4), (3, 2), (16, 1)]:
+        assert processes.threads(Hardware(processes=count)) == each
+    assert processes.threads(Hardware(processes=4, threads=5)) == 5

@@ -101,4 +101,5 @@ def _layout(config: Config) -> tuple[int | None, ...] | None:
         return None
     hardware = config.hardware
     sizes = (hardware.batch_tokens, hardware.micro_batch_size, hardware.score_batch_size)
-    return (*sizes, config.generation.batch_size)
+    shards = () if hardware.shard_size is None else (hardware.shard_size,)  # no batch crosses a shard's border
+    return (*sizes, config.generation.batch_size, *shards)

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from spin_reg import asking, estimate, launch, space
+from spin_reg import asking, estimate, launch, processes, space
 from spin_reg.console import short
 from spin_reg.fingerprint import plain
 from spin_reg.launch import Planned
@@ -24,6 +24,8 @@ def show(planned: Planned) -> None:
     print(f"  tokens: {tokens.words()}")
     if asked.calls or asked.cached:
         print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
+    if how := processes.words(planned.config.hardware):
+        print(f"  processes: {how}")
     print(f"  memory: {memory.words(estimate.room())}")
     print(f"  time: {launch.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")
@@ -39,5 +41,6 @@ def show_json(planned: Planned) -> None:
     found = {"run": planned.root, "finished": planned.finished, "stages": stages, "tokens": tokens}
     found |= {"stopped": None if planned.stop is None else planned.stop.words(), "judge": asked}
     found |= {"memory": dict(memory.by_kind), "room": estimate.room(), "time": launch.time_left(planned)}
+    found |= {"processes": planned.config.hardware.processes, "threads": processes.threads(planned.config.hardware)}
     found |= {"disk": launch.disk(planned), "free": space.free(planned.outputs)}
     print(json.dumps(plain(found), ensure_ascii=False, allow_nan=False))

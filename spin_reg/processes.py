@@ -42,6 +42,15 @@ def threads(hardware: Hardware) -> int:
     return hardware.threads or max(1, (os.cpu_count() or 1) // hardware.processes)
 
 
+def words(hardware: Hardware) -> str:
+    """How the stages of a run are made, for people; empty where the command makes all itself."""
+    each = threads(hardware)
+    if hardware.processes > 1:
+        kinds = ", ".join(sorted(SHARED))
+        return f"{hardware.processes} for each of {kinds}, {each} thread{'s' * (each > 1)} each; one for other stages"
+    return "one for each stage that loads a model" if hardware.isolate else ""
+
+
 def job_of(stage: Stage, inputs: Mapping[str, Path], work: Path, hardware: Hardware) -> Job:
     """A stage as it is handed to other processes."""
     folders = {role: str(folder.absolute()) for role, folder in inputs.items()}

@@ -7,12 +7,10 @@ torch.distributed has no group there is one rank, and each call answers at once.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
-
-import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 EVERY = (0.001, 0.2)  # seconds between two looks into the store: at first, and after a while
 _calls = [0]  # how many there were; all ranks count alike, so that a number is one call
@@ -24,12 +22,14 @@ def _nothing() -> None:
 
 def rank() -> int:
     """This process among those that work together, from 0."""
-    return dist.get_rank() if _together() else 0
+    group = _group()
+    return 0 if group is None else int(group.get_rank())
 
 
 def world() -> int:
     """How many work together."""
-    return dist.get_world_size() if _together() else 1
+    group = _group()
+    return 1 if group is None else int(group.get_world_size())
 
 
 def is_main() -> bool:
@@ -45,7 +45,7 @@ def gathered(value: Any, poll: Callable[[], None] = _nothing) -> list[Any]:
     """
     if world() == 1:
         return [value]
-    store, call = _get_default_store(), _calls[0]
+    store, call = _store(), _calls[0]
     _calls[0] += 1
     store.set(_key(call, rank()), json.dumps(value))
     keys = [_key(call, r) for r in range(world())]
@@ -66,8 +66,17 @@ def wait(poll: Callable[[], None] = _nothing) -> None:
     gathered(None, poll)
 
 
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _group() -> Any:
+    """torch.distributed, if this process has a group; never imported for this, since without it there is none."""
+    found = sys.modules.get("torch.distributed")
+    return found if found is not None and found.is_available() and found.is_initialized() else None
+
+
+def _store() -> Any:
+    """What the group was made with."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
 
 
 def _key(call: int, who: int) -> str:

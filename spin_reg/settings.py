@@ -308,7 +308,8 @@ class Hardware:
 
     `batch_tokens`: what the model reads at once in training and scoring; one prompt with its answers always fits.
     `micro_batch_size` pairs and `score_batch_size` answers are the most, where that is to be fewer.
-    `isolate`: each stage that loads a model is a process of its own.
+    `isolate`: each stage that loads a model is a process of its own. `processes`: so many work on it together, through
+    torchrun, with `threads` each. They are dealt shards of `shard_size` prompts, null: as many as the stage's kind has.
     """
 
     precision: Precision = Precision.fp32
@@ -319,8 +320,13 @@ class Hardware:
     threads: int | None = runtime(None)
     isolate: bool = runtime(False)
     processes: int = runtime(1)
+    shard_size: int | None = runtime(None)
 
     def __post_init__(self) -> None:
-        positive(hardware__processes=self.processes)
+        positive(hardware__processes=self.processes, hardware__shard_size=self.shard_size)
         positive(hardware__micro_batch_size=self.micro_batch_size, hardware__threads=self.threads)
         positive(hardware__score_batch_size=self.score_batch_size, hardware__batch_tokens=self.batch_tokens)
+
+    def shard(self, most: int) -> int:
+        """How many prompts one process works on at a time, where a kind of stage has at most so many."""
+        return min(most, self.shard_size or most)

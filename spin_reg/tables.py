@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spin_reg import durable
+from spin_reg import durable, ranks
 from spin_reg.errors import DamagedError
 from spin_reg.spool import BATCH, batches
 from spin_reg.spool import Row as Row
@@ -224,38 +225,53 @@ def in_shards(
     into: Mapping[str, pa.Schema],
     size: int,
     done: Callable[[int, int], None],
+    poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Map rows to rows shard by shard, and their columns into the tables `out/NAME`, by name; a call after a kill goes
-    on at the first missing shard.
+    on at the first missing shard. Ranks that work together make every so-many-th each, and the main one the tables.
 
     A shard is published when it is whole, under a name that holds its SHA-256; one that was damaged since is named in
-    the log and made again. `make` sees one shard only, so what it returns never depends on the others; it is also given
-    a function to say how many of the shard's rows are ready.
+    the log and made again. `make` sees one shard only, so what it returns never depends on the others, nor on how many
+    ranks there are; it is also given a function to say how many of the shard's rows are ready.
+
+    Args:
+        poll: called while the others are waited for; may raise.
     """
-    shards, schema = out / durable.SCRATCH / "shards", pa.unify_schemas(list(into.values()))
+    shards, schema = out / durable.SCRATCH / f"shards-of-{size}", pa.unify_schemas(list(into.values()))
     durable.make_folder(shards)
-
-    def shard(start: int) -> bytes:
-        content = _whole_shard(shards, start)
-        if content is None:
-            content = _parquet(make(rows[start : start + size], lambda n: done(start + n, len(rows))), schema)
-            durable.write_bytes(shards / f"{start:09d}-{sha256(content).hexdigest()}.parquet", content)
-        return content
-
     starts = range(0, len(rows), size)
-    for start in starts:
-        shard(start)
-        done(min(start + size, len(rows)), len(rows))
-    for name, columns in into.items():
-        made = (row for start in starts for row in pq.read_table(pa.BufferReader(shard(start))).to_pylist())
-        write(out / name, made, columns)
+
+    def finished() -> int:
+        """Rows whose shards are there, whoever made them."""
+        there = {int(path.name[:9]) for path in shards.glob("?????????-*.parquet")}
+        return sum(min(size, len(rows) - start) for start in there)
+
+    def shard(start: int, name: str | None = None) -> tuple[str, bytes]:
+        found = _whole_shard(shards, start, name)
+        if found is not None:
+            return found
+        before = finished()
+        content = _parquet(make(rows[start : start + size], lambda n: done(before + n, len(rows))), schema)
+        name = f"{start:09d}-{sha256(content).hexdigest()}.parquet"
+        durable.write_bytes(shards / name, content)
+        return name, content
+
+    mine = []
+    for start in starts[ranks.rank() :: ranks.world()]:
+        mine.append(shard(start)[0])
+        done(finished(), len(rows))
+    names = sorted(chain.from_iterable(ranks.gathered(mine, poll)))  # begin with their starts
+    for name, columns in into.items() if ranks.is_main() else ():
+        made = (shard(*known)[1] for known in zip(starts, names, strict=True))
+        write(out / name, (row for part in made for row in pq.read_table(pa.BufferReader(part)).to_pylist()), columns)
 
 
-def _whole_shard(shards: Path, start: int) -> bytes | None:
-    for path in shards.glob(f"{start:09d}-*.parquet"):
-        content = path.read_bytes()
+def _whole_shard(shards: Path, start: int, name: str | None) -> tuple[str, bytes] | None:
+    """A shard that is there; by its name where that is known: of a shared disk lists may be old, names are not."""
+    for path in shards.glob(f"{start:09d}-*.parquet") if name is None else [shards / name]:
+        content = path.read_bytes() if path.exists() else b""
         if path.name == f"{start:09d}-{sha256(content).hexdigest()}.parquet":
-            return content
+            return path.name, content
         log.warning("%s is damaged: its rows are made again", path)
         durable.remove(path)
     return None

@@ -129,7 +129,7 @@ def test_only_a_missing_or_damaged_shard_is_made_again(
     with pytest.raises(Killed):
         table(stop=9)
     assert len(calls) == 3
-    damaged(next((tmp_path / durable.SCRATCH / "shards").glob("000000003-*")), "flip")
+    damaged(next((tmp_path / durable.SCRATCH / "shards-of-3").glob("000000003-*")), "flip")
     table()
     assert calls[3:] == [["3", "4", "5"], ["9"]] and "is damaged" in caplog.text
     assert list(tables.read(tmp_path / "x.parquet")) == rows

@@ -117,6 +117,7 @@ TABLE = [
     Row("hardware.precision", RESULT, "bf16"),
     Row("hardware.processes", RUNTIME, "2"),
     Row("hardware.score_batch_size", RUNTIME, "3"),
+    Row("hardware.shard_size", RUNTIME, "3"),
     Row("hardware.threads", RUNTIME, "1"),
     Row("keep_iterates", RUNTIME, "last"),
     Row("loss", RESULT, "ipo"),

@@ -13,19 +13,24 @@ from typing import Any
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import console, errors, processes
+from spin_reg import console, errors, processes, worker
 from spin_reg.settings import Hardware
 
 pytestmark = pytest.mark.slow  # a process that loads torch takes seconds
-WORDS = [*SMALL, "schedule.iterations=1", "schedule.epochs=2", "evaluation=none", "run_name=run"]
+WORDS = [
+    *SMALL,
+    "schedule.iterations=1",
+    "schedule.epochs=2",
+    "evaluation=none",
+    "run_name=run",
+    "hardware.shard_size=8",
+]
 APART = "hardware.isolate=true"
 ANSWERS, SCORES, MODEL = "iterate-00/answers/train-00", "iterate-00/scores/train-real", "iterate-01/model"
 
 TRAP = """
 import os, signal, sys, time
 if "spin_reg.worker" in sys.orig_argv:
-    from spin_reg.stages import generate
-    generate.SHARD = 8
     from spin_reg import durable, fit
     count = [0]
     def after(owner, name, act):
@@ -96,22 +101,19 @@ def test_a_run_in_processes_of_their_own_holds_what_one_in_one_process_holds(
     assert log.count("peak_memory") == 6
 
 
-@pytest.mark.parametrize(
-    ("act", "said"),
-    [("os.kill(os.getpid(), signal.SIGSEGV)", "signal 11 (SIGSEGV)"), ("os.abort()", "signal 6 (SIGABRT)")],
-)
 def test_a_crash_is_that_stages_failure_and_the_same_command_goes_on(
-    act: str, said: str, made: Path, root: Path, command: Command, trap: Callable[..., None]
+    made: Path, root: Path, command: Command, trap: Callable[..., None]
 ) -> None:
-    trap(AT_THE_SECOND_SHARD, "print('these were its words', flush=True); " + act)
+    act = "print('these were its words', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    trap(AT_THE_SECOND_SHARD, act)
     words = again(root, ANSWERS)
     result = command(*words)
     assert result.code == 1 and len(result.err.splitlines()[-4:]) == 4
     what, where, why, todo = result.err.splitlines()[-4:]
     assert ANSWERS in what and str(root / ANSWERS) in where and "same command" in todo
-    assert said in why and "Fatal Python error" in why
+    assert "signal 11 (SIGSEGV)" in why and "Fatal Python error" in why
     assert "these were its words" in (root / "run.log").read_text()
-    shards = list((root / f"{ANSWERS}.tmp/.scratch/shards").iterdir())
+    shards = list((root / f"{ANSWERS}.tmp/.scratch/shards-of-8").iterdir())
     assert len(shards) == 2
     trap(AT_THE_SECOND_SHARD, "raise RuntimeError('one shard was left to be made')")
     assert command(*words).code == 0
@@ -133,9 +135,7 @@ def test_other_errors_have_their_traceback_in_the_log(root: Path, command: Comma
     assert "Traceback" in (root / "run.log").read_text() and "in shard" in (root / "run.log").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_the_worker_which_keeps_what_it_has_trained(
-    number: signal.Signals,
     made: Path,
     root: Path,
     command: Command,
@@ -147,12 +147,12 @@ def test_a_signal_reaches_the_worker_which_keeps_what_it_has_trained(
 
     def progress(self: Any, done: int, total: int, unit: str) -> None:
         if (done, unit) == (4, "step"):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     with monkeypatch.context() as patch:
         patch.setattr(console.Screen, "progress", progress)
         result = command(*words)
-    assert result.code == 75 and f"Stopped by {number.name}" in result.err, result.err
+    assert result.code == 75 and "Stopped by SIGUSR1" in result.err, result.err
     (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
     assert kept.name in ("checkpoint-000000004", "checkpoint-000000005")
     trap()
@@ -192,6 +192,90 @@ def test_no_worker_outlives_the_command(how: str, root: Path, trap: Callable[...
         process.terminate()
     assert process.wait(10) == (-9 if how == "killed" else 75)
     assert within(3, lambda: not alive(worker))
+
+
+SLOW = """
+    from datetime import timedelta
+    from torch import distributed
+    begin = distributed.init_process_group
+    distributed.init_process_group = lambda backend: begin(backend, timeout=timedelta(seconds=1))
+    def slow(path, content):
+        if "shards" in str(path):
+            with open(f"{WHERE}/rank-{os.environ['RANK']}", "a") as stream:
+                stream.write(f"{int(path.name[:9])} ")
+            time.sleep(2.5 * (os.environ["RANK"] == "1"))
+    after(durable, "write_bytes", slow)
+"""
+
+
+def test_two_processes_answer_and_score_as_one_does_and_wait_longer_than_a_collective_may(
+    made: Path, root: Path, command: Command, trap: Callable[..., None], tmp_path: Path
+) -> None:
+    trap(SLOW.replace("{WHERE}", str(tmp_path)))
+    result = command(*again(root, ANSWERS, SCORES), "hardware.processes=2")
+    assert result.code == 0, result.err
+    assert same(root, made)
+    dealt = [(tmp_path / f"rank-{i}").read_text().split() for i in range(2)]
+    assert dealt == [["0", "16"] * 2, ["8"] * 2]
+    assert "took" in (root / "run.log").read_text()
+
+
+def test_a_killed_rank_is_named_soon_and_another_number_of_processes_goes_on(
+    made: Path, root: Path, command: Command, trap: Callable[..., None]
+) -> None:
+    first = AT_THE_SECOND_SHARD.replace("== 2", "== 1")
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    trap(first, f"print(time.time(), flush=True); {killed} if os.environ['RANK'] == '1' else time.sleep(0.2)")
+    words = again(root, ANSWERS)
+    result = command(*words, "hardware.processes=2")
+    ended = time.time()
+    assert result.code == 1
+    what, _, why, _ = result.err.splitlines()[-4:]
+    assert ANSWERS in what and "rank 1 of 2 was ended by signal 9 (SIGKILL)" in why
+    times = [float(line) for line in (root / "run.log").read_text().splitlines() if line[:10].isdigit()]
+    assert times and ended - max(times) < 10
+    trap()
+    assert command(*words, "hardware.processes=3").code == 0
+    assert same(root, made)
+
+
+def test_a_signal_stops_all_ranks_and_one_process_goes_on(
+    made: Path,
+    root: Path,
+    command: Command,
+    trap: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trap("    after(durable, 'write_bytes', lambda path, content: time.sleep('shards' in str(path)))\n")
+    words = again(root, ANSWERS)
+    sent: list[int] = []
+
+    def progress(self: Any, done: int, total: int, unit: str) -> None:
+        if not sent:
+            sent.append(done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console.Screen, "progress", progress)
+        result = command(*words, "hardware.processes=2")
+    assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
+    assert sent and not (root / ANSWERS).exists()
+    trap()
+    assert command(*words).code == 0
+    assert same(root, made)
+
+
+def test_what_one_rank_raises_ends_the_others(root: Path, command: Command, trap: Callable[..., None]) -> None:
+    raised = "from spin_reg.errors import NonFiniteError as E; raise E('A what.', where='a', why='b', todo='c')"
+    trap(AT_THE_SECOND_SHARD.replace("== 2", "== 1 and os.environ['RANK'] == '1'"), raised)
+    result = command(*again(root, ANSWERS), "hardware.processes=2")
+    assert result.code == 5 and result.err.splitlines()[-4] == "spin-reg: A what."
+
+
+def test_a_launcher_that_starts_fewer_processes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(errors.SpinRegError, match="has started 1"):
+        worker.together(2)
 
 
 def test_errors_of_every_kind_come_back_as_they_were() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spin_reg import durable, iterates, render, sampling, tables
+from spin_reg import durable, iterates, ranks, render, sampling, tables
 from spin_reg.context import Context
 from spin_reg.errors import DataError
 from spin_reg.models import Loaded
@@ -36,11 +36,13 @@ def run(spec: ConverseSpec, inputs: dict[str, Path], out: Path, context: Context
             answer,
             out=out,
             into={"answers.parquet": tables.CONVERSATIONS},
-            size=SHARD,
+            size=spec.hardware.shard(SHARD),
             done=lambda done, total: context.progress(done, total, "question"),
+            poll=context.poll,
         )
-    made = tables.read(out / "answers.parquet")
-    durable.write_jsonl(out / "metrics.jsonl", [about(spec, inputs["model"], made)])
+    if ranks.is_main():
+        made = tables.read(out / "answers.parquet")
+        durable.write_jsonl(out / "metrics.jsonl", [about(spec, inputs["model"], made)])
 
 
 def converse(

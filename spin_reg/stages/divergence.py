@@ -49,8 +49,9 @@ def run(spec: DivergenceSpec, inputs: dict[str, Path], out: Path, context: Conte
             measure,
             out=out,
             into={"divergences.parquet": tables.DIVERGENCES},
-            size=SHARD,
+            size=spec.hardware.shard(SHARD),
             done=lambda done, total: context.progress(done, total, "answer"),
+            poll=context.poll,
         )
 
 

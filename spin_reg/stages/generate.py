@@ -59,8 +59,9 @@ def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
             answer,
             out=out,
             into={"answers.parquet": tables.ANSWERS} | ({"scores.parquet": tables.SCORES} if spec.scored else {}),
-            size=SHARD,
+            size=spec.hardware.shard(SHARD),
             done=lambda done, total: context.progress(done, total, "answer"),
+            poll=context.poll,
         )
 
 

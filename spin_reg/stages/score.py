@@ -45,8 +45,9 @@ def run(spec: ScoreSpec, inputs: dict[str, Path], out: Path, context: Context) -
             score,
             out=out,
             into={"scores.parquet": tables.SCORES},
-            size=SHARD,
+            size=spec.hardware.shard(SHARD),
             done=lambda done, total: context.progress(done, total, "prompt"),
+            poll=context.poll,
         )
 
 

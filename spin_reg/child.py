@@ -14,6 +14,9 @@ from spin_reg import stopping
 EVERY = 0.2  # seconds between two looks at it
 PATIENCE = 3.0  # seconds that it has to end when asked to; less than a stopped run has itself
 KEPT = 40  # lines
+LAUNCHED = re.compile(  # what torchrun and its like tell a rank: a program run beside us is none
+    r"(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|(GROUP|ROLE|MASTER|TORCHELASTIC)_\w+)$"
+)
 
 
 def run(
@@ -35,7 +38,7 @@ def run(
     """
     process = subprocess.Popen(
         command,
-        env=dict(environment),
+        env={name: value for name, value in environment.items() if not LAUNCHED.match(name)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

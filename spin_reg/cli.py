@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, manual, stopping, verbs
+from spin_reg import __version__, launched, manual, stopping, verbs
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 
@@ -24,7 +24,7 @@ def main() -> None:
     """The console script."""
     program, *words = sys.argv
     try:
-        code = _dispatch(program, words)
+        code = launched.main(partial(_dispatch, program, words))
     except SpinRegError as error:
         code = report(error)
     except KeyboardInterrupt:  # before a run listens for signals there is nothing to save

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spin_reg import child, errors, jobs, runner, stopping, usage, wire
+from spin_reg import child, errors, jobs, launched, runner, stopping, usage, wire
 from spin_reg.context import Context
-from spin_reg.errors import SpinRegError
+from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.jobs import Job
 from spin_reg.settings import Hardware
 from spin_reg.stage import Stage
@@ -25,7 +25,6 @@ from spin_reg.stage import Stage
 HEAVY = {"sft", "generate", "score", "train", "divergence", "converse"}  # they load a model
 SHARED = {"generate", "score", "divergence", "converse"}  # and deal their rows to ranks
 SHOWN = 4  # lines
-LAUNCHED = re.compile(r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_\w+|ROLE_\w+|MASTER_\w+|TORCHELASTIC_\w+)$")
 AGENT = re.compile(r"exitcode: (-?\d+)\) local_rank: (\d+)")  # torchrun, of the rank that ended first
 log = logging.getLogger(__name__)
 Run = Callable[[Stage, dict[str, Path], Path, Context], None]
@@ -33,29 +32,53 @@ Run = Callable[[Stage, dict[str, Path], Path, Context], None]
 
 def run_with(hardware: Hardware) -> Run:
     """How the stages of a run are made."""
+    if launched.world() > 1:
+        return partial(_in_step, hardware=hardware)
     apart = hardware.isolate or hardware.processes > 1
     return partial(_apart, hardware=hardware) if apart else runner.run_stage
 
 
+def check(hardware: Hardware) -> None:
+    """Under a launcher the processes are there.
+
+    Raises:
+        ConfigError: the settings ask for others.
+    """
+    there = launched.world()
+    if there > 1 and (hardware.isolate or hardware.processes not in (1, there)):
+        wrong = "hardware.isolate=true" if hardware.isolate else f"hardware.processes={hardware.processes}"
+        why = f"a launcher has started {there} processes, and they are those that work"
+        raise ConfigError("A setting cannot be used.", where=wrong, why=why, todo="leave it out, or the launcher")
+
+
 def threads(hardware: Hardware) -> int:
     """Threads of one process: what was asked for, or its share of the cores."""
-    return hardware.threads or max(1, (os.cpu_count() or 1) // hardware.processes)
+    count = launched.local_world() if launched.world() > 1 else hardware.processes
+    return hardware.threads or max(1, (os.cpu_count() or 1) // count)
 
 
 def words(hardware: Hardware) -> str:
     """How the stages of a run are made, for people; empty where the command makes all itself."""
-    each = threads(hardware)
-    if hardware.processes > 1:
+    each, count = threads(hardware), max(hardware.processes, launched.world())
+    if count > 1:
         kinds = ", ".join(sorted(SHARED))
-        return f"{hardware.processes} for each of {kinds}, {each} thread{'s' * (each > 1)} each; one for other stages"
+        return f"{count} for each of {kinds}, {each} thread{'s' * (each > 1)} each; one for other stages"
     return "one for each stage that loads a model" if hardware.isolate else ""
 
 
 def job_of(stage: Stage, inputs: Mapping[str, Path], work: Path, hardware: Hardware) -> Job:
     """A stage as it is handed to other processes."""
     folders = {role: str(folder.absolute()) for role, folder in inputs.items()}
-    count = hardware.processes if stage.kind in SHARED else 1
+    count = max(hardware.processes, launched.world()) if stage.kind in SHARED else 1
     return Job(stage.name, stage.spec, folders, str(work.absolute()), threads(hardware), count)
+
+
+def _in_step(stage: Stage, inputs: dict[str, Path], work: Path, context: Context, *, hardware: Hardware) -> None:
+    """Make a stage with the ranks of a launcher, where it deals its rows."""
+    if stage.kind in SHARED:
+        launched.run(job_of(stage, inputs, work, hardware), context)
+    else:
+        _apart(stage, inputs, work, context, hardware=hardware)
 
 
 def _apart(stage: Stage, inputs: dict[str, Path], work: Path, context: Context, *, hardware: Hardware) -> None:
@@ -92,11 +115,10 @@ def command(job: Job, path: Path) -> list[str]:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Theirs: without the ranks of a launcher above us, with our modules, and nothing from the folder they start in."""
-    ours = {name: value for name, value in os.environ.items() if not LAUNCHED.match(name)}
+    """Theirs: our modules, and nothing from the folder that they start in."""
     modules = os.pathsep.join(path or os.getcwd() for path in sys.path)
     said = {"PYTHONPATH": modules, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    return ours | said | {"OMP_NUM_THREADS": str(job.threads)}
+    return os.environ | said | {"OMP_NUM_THREADS": str(job.threads)}
 
 
 @dataclass

@@ -7,6 +7,7 @@ torch.distributed has no group there is one rank, and each call answers at once.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +15,31 @@ from typing import Any
 
 EVERY = (0.001, 0.2)  # seconds between two looks into the store: at first, and after a while
 _calls = [0]  # how many there were; all ranks count alike, so that a number is one call
+_work = [""]  # what they are at
 
 
 def _nothing() -> None:
     """Nobody asks to stop."""
+
+
+def join(store: Any = None) -> None:
+    """Make the group of the ranks that a launcher has started, over its store or one that the environment names."""
+    import torch
+    from torch import distributed
+
+    which: dict[str, Any] = (
+        {} if store is None else {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    distributed.init_process_group(backend, store=store, **which)
+
+
+def begin(work: str) -> None:
+    """Begin another piece of work under a name of its own: some may have left the last one early."""
+    _work[0], _calls[0] = work, 0
 
 
 def rank() -> int:
@@ -80,7 +102,7 @@ def _store() -> Any:
 
 
 def _key(call: int, who: int) -> str:
-    return f"spin_reg/{call}/{who}"
+    return f"spin_reg/{_work[0]}/{call}/{who}"
 
 
 def _await(there: Callable[[], bool], poll: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from spin_reg.errors import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the last one before the time is up
 GRACE = 8.0  # seconds
+APART = 0.0  # seconds within which several signals count as one; a launcher passes on what its processes have too
 
 _asked: list[int] = []  # the signals that came
 _last_words: list[Callable[[], None]] = []
@@ -115,6 +117,7 @@ def _ignore(number: int, frame: Any) -> None:
 def _hear(pipe: int) -> None:
     """Read the signals' numbers as they come, until the pipe is closed."""
     patience: float | None = None
+    first = 0.0
     while True:
         ready, _, _ = select.select([pipe], [], [], patience)
         if not ready:
@@ -126,8 +129,9 @@ def _hear(pipe: int) -> None:
             os.close(pipe)
             return
         for number in numbers:
-            if number in SIGNALS:
+            if number in SIGNALS and not (_asked and time.monotonic() - first < APART):
                 _asked.append(number)
+                first = time.monotonic() if len(_asked) == 1 else first
         if len(_asked) > 1:
             _say("stopped at once; what is on disk is whole")
             _end()

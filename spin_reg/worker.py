@@ -79,11 +79,9 @@ def together(processes: int) -> None:
             why=f"the launcher has started {there}",
             todo="give hardware.processes as many as it starts; see what it says of its settings",
         )
-    import torch
+    from spin_reg import ranks
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    ranks.join()
 
 
 def make(job: Job, context: Context) -> None:

@@ -105,6 +105,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "rundir",
             "runner",
             "processes",
+            "launched",
             "worker",
             "launch",
             "space",

@@ -260,8 +260,7 @@ def test_a_signal_stops_all_ranks_and_one_process_goes_on(
         result = command(*words, "hardware.processes=2")
     assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
     assert sent and not (root / ANSWERS).exists()
-    trap()
-    assert command(*words).code == 0
+    assert command(*words[:-1]).code == 0
     assert same(root, made)
 
 

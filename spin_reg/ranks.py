@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from spin_reg.errors import ConfigError
+
 EVERY = (0.001, 0.2)  # seconds between two looks into the store: at first, and after a while
 _calls = [0]  # how many there were; all ranks count alike, so that a number is one call
 _work = [""]  # what they are at
@@ -23,7 +25,11 @@ def _nothing() -> None:
 
 
 def join(store: Any = None) -> None:
-    """Make the group of the ranks that a launcher has started, over its store or one that the environment names."""
+    """Make the group of the ranks that a launcher has started, over its store or one that the environment names.
+
+    Raises:
+        ConfigError: there are more of them on this machine than GPUs.
+    """
     import torch
     from torch import distributed
 
@@ -32,7 +38,15 @@ def join(store: Any = None) -> None:
     )
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if place >= there:
+            raise ConfigError(
+                "There are more processes than GPUs.",
+                where=f"local rank {place}",
+                why=f"this machine shows {there} of them, and each process has one to itself",
+                todo=f"start {there} (hardware.processes={there}), or see CUDA_VISIBLE_DEVICES",
+            )
+        torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, store=store, **which)
 

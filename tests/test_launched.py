@@ -6,12 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Command
+from conftest import ROOT
 from test_processes import ANSWERS, AT_THE_SECOND_SHARD, SCORES, TRAP, WORDS, same, within
 
 from spin_reg import launched as launcher
@@ -58,38 +57,66 @@ def test_a_run_under_torchrun_holds_what_one_in_one_process_holds(made: Path, tm
     assert said.count("] iterate-00/answers/train-00") == said.count("\nmodel  ") == 1  # one prints
 
 
-def test_two_nodes_on_a_shared_disk(made: Path, root: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    trap = f"""
+NODES = """#!/bin/bash
+shift  # --kill-on-bad-exit
+trap 'kill -TERM $one $two; wait $one $two; exit 143' TERM
+"$@" & one=$!
+"$@" & two=$!
+wait $one $two
+"""  # srun, on two nodes that are one machine
+DEALT = """
     def shard(path, content):
         if "shards" in str(path):
-            open({str(root.parent)!r} + "/rank-" + os.environ["RANK"], "a").write(path.name[:9] + "\\n")
+            open(os.environ["DEALT"] + os.environ["RANK"], "a").write(path.name[:9] + "\\n")
+            time.sleep(float(os.environ["SLOW"]))
     after(durable, "write_bytes", shard)
 """
-    nodes = [launched(root.parent, *where, "--node-rank", str(i), trap=trap) for i in range(2)]
-    said = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert same(root, made)
-    assert "model  " in said[0] and "model  " not in said[1]
-    assert len((root.parent / "rank-1").read_text().splitlines()) == 2  # of each stage the middle one of three
 
 
-def test_a_signal_to_the_launcher_stops_all_and_the_command_goes_on_without_it(
-    made: Path, root: Path, command: Command
+@pytest.fixture
+def job(root: Path, tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
+    """scripts/nodes.sbatch in a job of two nodes that are one machine."""
+    requeued, traps = tmp_path / "requeued", tmp_path / "trap"
+    traps.mkdir()
+    (traps / "sitecustomize.py").write_text(ARMED + DEALT)
+    fakes = {"srun": NODES, "scontrol": f'#!/bin/sh\n[ $1 = show ] && echo 127.0.0.1 || echo "$@" > {requeued}\n'}
+    fakes["torchrun"] = f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    for name, text in fakes.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def submit(slow: float) -> "subprocess.Popen[str]":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        environment |= {"SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+        environment |= {"PORT": str(port), "SLOW": str(slow), "DEALT": str(tmp_path / "rank-")}
+        environment["PYTHONPATH"] = os.pathsep.join([str(traps), *sys.path])
+        words = ["bash", str(ROOT / "scripts/nodes.sbatch"), "train", *WORDS, f"outputs={root.parent}"]
+        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    return submit
+
+
+def test_a_job_on_two_nodes_holds_what_one_process_holds_and_requeues_itself_when_its_time_is_up(
+    made: Path, root: Path, job: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
 ) -> None:
-    trap = "    after(durable, 'write_bytes', lambda path, content: time.sleep(2 * ('shards' in str(path))))\n"
-    process = launched(root.parent, "--standalone", "--nproc-per-node", "2", trap=trap)
+    first = job(slow=2)
     assert within(60, lambda: bool(list(root.glob(f"{ANSWERS}.tmp/.scratch/shards-of-8/*.parquet"))))
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    said, _ = process.communicate(timeout=30)
-    assert time.monotonic() - began < 15
-    assert "Stopped by SIGTERM" in said and "stopped at once" not in said, said
-    assert command("train", *WORDS, f"outputs={root.parent}").code == 0
+    first.send_signal(signal.SIGUSR1)
+    said, _ = first.communicate(timeout=40)
+    assert first.returncode != 0 and said.count("spin-reg: Stopped by SIGTERM") == 1, said
+    assert "stopped at once" not in said  # torchrun passes a signal on that Slurm sends to all processes anyway
+    assert (tmp_path / "requeued").read_text() == "requeue 17\n"
+    (tmp_path / "requeued").unlink()
+    second = job(slow=0)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 0 and said.count("\nmodel  ") == 1, said
     assert same(root, made)
+    assert not (tmp_path / "requeued").exists()
+    dealt = {int(path.name[-1]): path.read_text().split() for path in tmp_path.glob("rank-*")}
+    assert set(dealt) == {0, 1} and sorted(dealt[0] + dealt[1]) == sorted(["000000000", "000000008", "000000016"] * 2)
 
 
 def test_what_a_follower_raises_is_told_by_rank_0(root: Path) -> None:

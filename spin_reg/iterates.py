@@ -76,6 +76,13 @@ def forget() -> None:
     _worn.clear()
 
 
+def make_room() -> None:
+    """Drop the model kept in memory, and give back what of a GPU's is free: another process wants it."""
+    forget()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _from_iterate(folder: Path, policy: Policy) -> Loaded:
     """The model of an iterate's folder, or the base that its base.json names, without an adapter."""
     record, trusted = folder / BASE_FILE, policy.trust_remote_code

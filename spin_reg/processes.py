@@ -77,8 +77,12 @@ def _in_step(stage: Stage, inputs: dict[str, Path], work: Path, context: Context
     """Make a stage with the ranks of a launcher, where it deals its rows."""
     if stage.kind in SHARED:
         launched.run(job_of(stage, inputs, work, hardware), context)
-    else:
-        _apart(stage, inputs, work, context, hardware=hardware)
+        return
+    if stage.kind in HEAVY:
+        from spin_reg import iterates
+
+        iterates.make_room()
+    _apart(stage, inputs, work, context, hardware=hardware)
 
 
 def _apart(stage: Stage, inputs: dict[str, Path], work: Path, context: Context, *, hardware: Hardware) -> None:

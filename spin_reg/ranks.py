@@ -49,6 +49,10 @@ def join(store: Any = None) -> None:
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, store=store, **which)
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # a tracker may have made it for one process
+    PartialState(cpu=backend == "gloo")
 
 
 def begin(work: str) -> None:

@@ -1,6 +1,7 @@
-"""A stage goes into a file and comes back as exactly what it was. No torch."""
+"""A stage goes into a file and comes back as exactly what it was, and so does an error. No torch."""
 
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -8,10 +9,11 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
-from spin_reg import config, jobs, overrides, specs
+from spin_reg import config, errors, jobs, launched, overrides, processes, specs, worker
 from spin_reg.fingerprint import digest, identity
 from spin_reg.jobs import Job, read, written
 from spin_reg.plan import Sources, plan
+from spin_reg.settings import Hardware
 
 PLANS: list[tuple[str, ...]] = [
     (),
@@ -95,3 +97,32 @@ def test_what_is_of_another_type_is_refused(hint: Any, value: Any) -> None:
 def test_what_would_not_come_back_is_not_written(value: Any) -> None:
     with pytest.raises(TypeError):
         jobs.written(value)
+
+
+def test_a_launcher_that_starts_fewer_processes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(errors.SpinRegError, match="has started 1"):
+        worker.together(2)
+
+
+def test_errors_of_every_kind_come_back_as_they_were() -> None:
+    for kind in (errors.SpinRegError, *errors.SpinRegError.__subclasses__()):
+        error = kind("a", where="b", why="c", todo="d")
+        found = errors.heard(errors.told(error))
+        assert type(found) is kind and str(found) == str(error)
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for count, each in [(1, 8), (2, 4), (3, 2), (16, 1)]:
+        assert processes.threads(Hardware(processes=count)) == each
+    assert processes.threads(Hardware(processes=4, threads=5)) == 5
+
+
+def test_settings_that_speak_of_other_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launched._here, "world", 4)
+    for settings in (Hardware(processes=3), Hardware(isolate=True)):
+        with pytest.raises(errors.ConfigError, match="a launcher has started 4"):
+            processes.check(settings)
+    processes.check(Hardware(processes=4))
+    processes.check(Hardware())

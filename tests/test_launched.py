@@ -13,11 +13,6 @@ import pytest
 from conftest import ROOT
 from test_processes import ANSWERS, AT_THE_SECOND_SHARD, SCORES, TRAP, WORDS, same, within
 
-from spin_reg import launched as launcher
-from spin_reg import processes
-from spin_reg.errors import ConfigError
-from spin_reg.settings import Hardware
-
 pytestmark = pytest.mark.slow
 ARMED = TRAP.replace('if "spin_reg.worker" in sys.orig_argv:', 'if "RANK" in os.environ:')
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -59,11 +54,12 @@ def test_a_run_under_torchrun_holds_what_one_in_one_process_holds(made: Path, tm
 
 NODES = """#!/bin/bash
 shift  # --kill-on-bad-exit
-trap 'kill -TERM $one $two; wait $one $two; exit 143' TERM
+trap 'kill -TERM $(cat /proc/$one/task/$one/children /proc/$two/task/$two/children) $one $two
+  wait $one $two; exit 143' TERM
 "$@" & one=$!
 "$@" & two=$!
 wait $one $two
-"""  # srun, on two nodes that are one machine
+"""  # srun, on two nodes that are one machine: all processes of a job have its signals
 DEALT = """
     def shard(path, content):
         if "shards" in str(path):
@@ -127,12 +123,3 @@ def test_what_a_follower_raises_is_told_by_rank_0(root: Path) -> None:
     assert process.returncode == 1 and "spin-reg: A what." in said
     assert "local_rank: 0" in said and "exitcode  : 5" in said
     assert "NonFiniteError" in (root / "run.log").read_text()
-
-
-def test_settings_that_speak_of_other_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launcher._here, "world", 4)
-    for settings in (Hardware(processes=3), Hardware(isolate=True)):
-        with pytest.raises(ConfigError, match="a launcher has started 4"):
-            processes.check(settings)
-    processes.check(Hardware(processes=4))
-    processes.check(Hardware())

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import console, errors, processes, worker
-from spin_reg.settings import Hardware
+from spin_reg import console
 
 pytestmark = pytest.mark.slow  # a process that loads torch takes seconds
 WORDS = [
@@ -269,23 +268,3 @@ def test_what_one_rank_raises_ends_the_others(root: Path, command: Command, trap
     trap(AT_THE_SECOND_SHARD.replace("== 2", "== 1 and os.environ['RANK'] == '1'"), raised)
     result = command(*again(root, ANSWERS), "hardware.processes=2")
     assert result.code == 5 and result.err.splitlines()[-4] == "spin-reg: A what."
-
-
-def test_a_launcher_that_starts_fewer_processes_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(errors.SpinRegError, match="has started 1"):
-        worker.together(2)
-
-
-def test_errors_of_every_kind_come_back_as_they_were() -> None:
-    for kind in (errors.SpinRegError, *errors.SpinRegError.__subclasses__()):
-        error = kind("a", where="b", why="c", todo="d")
-        found = errors.heard(errors.told(error))
-        assert type(found) is kind and str(found) == str(error)
-
-
-def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    for count, each in [(1, 8), (2, 4), (3, 2), (16, 1)]:
-        assert processes.threads(Hardware(processes=count)) == each
-    assert processes.threads(Hardware(processes=4, threads=5)) == 5

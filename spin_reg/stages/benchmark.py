@@ -31,9 +31,7 @@ def run(spec: BenchmarkSpec, inputs: dict[str, Path], out: Path, context: Contex
     scratch = out / durable.SCRATCH
     durable.remove(scratch / "results")
     durable.make_folder(scratch / "results")
-    iterates.forget()  # one model in memory is enough
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    iterates.make_room()  # one model in memory is enough
     words = command(spec, inputs["model"], scratch)
     log.info("%s", shlex.join(words))
 

@@ -44,5 +44,5 @@ def _resident() -> int:
 
 
 def _cuda() -> Any:
-    torch = sys.modules.get("torch")  # never imported for this
-    return torch.cuda if torch is not None and torch.cuda.is_available() else None
+    torch = sys.modules.get("torch")  # never imported for this, nor is a GPU taken that nobody uses here
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None

@@ -135,6 +135,29 @@ def test_only_a_missing_or_damaged_shard_is_made_again(
     assert list(tables.read(tmp_path / "x.parquet")) == rows
 
 
+def test_a_call_that_goes_on_with_shards_of_another_size_takes_no_row_twice(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        {"example_id": str(i), "sampled_from": None, "logprob": float(i), "token_logprobs": None} for i in range(10)
+    ]
+    told: list[int] = []
+
+    def table(size: int, stop: int) -> None:
+        def done(so_far: int, total: int) -> None:
+            told.append(so_far)
+            if so_far >= stop:
+                raise Killed
+
+        tables.in_shards(
+            rows, lambda some, ready: list(some), out=tmp_path, into={"x.parquet": tables.SCORES}, size=size, done=done
+        )
+
+    with pytest.raises(Killed):
+        table(size=4, stop=8)
+    table(size=3, stop=11)
+    assert list(tables.read(tmp_path / "x.parquet")) == rows
+    assert told == [4, 8, 3, 6, 9, 10]
+
+
 def test_a_step_that_is_not_finite_keeps_the_state_before_it(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -316,6 +316,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "versions": before.get("versions") or versions.here(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": processes.threads(settings.hardware),
+        "processes": processes.count(settings.hardware),
     }
     text = config.as_yaml(settings).encode()
     durable.write_record(path, value | {"config_sha256": sha256(text).hexdigest()})  # first: it makes the folder ours

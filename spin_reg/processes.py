@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ HEAVY = {"sft", "generate", "score", "train", "divergence", "converse"}  # they 
 SHARED = {"generate", "score", "divergence", "converse"}  # and deal their rows to ranks
 SHOWN = 4  # lines
 AGENT = re.compile(r"exitcode: (-?\d+)\) local_rank: (\d+)")  # torchrun, of the rank that ended first
+REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic")  # and so its report begins
 log = logging.getLogger(__name__)
 Run = Callable[[Stage, dict[str, Path], Path, Context], None]
 
@@ -51,26 +53,31 @@ def check(hardware: Hardware) -> None:
         raise ConfigError("A setting cannot be used.", where=wrong, why=why, todo="leave it out, or the launcher")
 
 
+def count(hardware: Hardware) -> int:
+    """How many processes work on a stage that deals its rows."""
+    return max(hardware.processes, launched.world())
+
+
 def threads(hardware: Hardware) -> int:
     """Threads of one process: what was asked for, or its share of the cores."""
-    count = launched.local_world() if launched.world() > 1 else hardware.processes
-    return hardware.threads or max(1, (os.cpu_count() or 1) // count)
+    here = launched.local_world() if launched.world() > 1 else hardware.processes
+    return hardware.threads or max(1, (os.cpu_count() or 1) // here)
 
 
 def words(hardware: Hardware) -> str:
     """How the stages of a run are made, for people; empty where the command makes all itself."""
-    each, count = threads(hardware), max(hardware.processes, launched.world())
-    if count > 1:
+    each, many = threads(hardware), count(hardware)
+    if many > 1:
         kinds = ", ".join(sorted(SHARED))
-        return f"{count} for each of {kinds}, {each} thread{'s' * (each > 1)} each; one for other stages"
+        return f"{many} for each of {kinds}, {each} thread{'s' * (each > 1)} each; one for other stages"
     return "one for each stage that loads a model" if hardware.isolate else ""
 
 
 def job_of(stage: Stage, inputs: Mapping[str, Path], work: Path, hardware: Hardware) -> Job:
     """A stage as it is handed to other processes."""
     folders = {role: str(folder.absolute()) for role, folder in inputs.items()}
-    count = max(hardware.processes, launched.world()) if stage.kind in SHARED else 1
-    return Job(stage.name, stage.spec, folders, str(work.absolute()), threads(hardware), count)
+    many = count(hardware) if stage.kind in SHARED else 1
+    return Job(stage.name, stage.spec, folders, str(work.absolute()), threads(hardware), many)
 
 
 def _in_step(stage: Stage, inputs: dict[str, Path], work: Path, context: Context, *, hardware: Hardware) -> None:
@@ -187,14 +194,16 @@ def _failure(job: Job, message: dict[str, Any]) -> SpinRegError:
 def _crashed(job: Job, code: int, lines: list[str], lost: list[int]) -> SpinRegError:
     """The error for a process that ended without a word."""
     who = "its process"
+    said = lines
     if job.processes > 1:
+        said = list(takewhile(lambda line: not REPORT.match(line), lines))
         told = [match for match in map(AGENT.search, lines) if match]
         code = int(told[-1][1]) if told else code
         ranks = lost[:1] or [int(match[2]) for match in told[-1:]]
         who = f"rank {ranks[0]} of {job.processes}" if ranks else f"one of its {job.processes} processes"
     how = f"was ended by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
     how += ", which the system sends where memory runs out" if code == -signal.SIGKILL else ""
-    said = _last_words([line.strip() for line in lines])
+    said = _last_words([line.strip() for line in said])
     return SpinRegError(
         f"{job.name} ended without a word.",
         where=job.out.removesuffix(".tmp"),

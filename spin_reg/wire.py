@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spin_reg.errors import SpinRegError
+
 NAME = "wire"  # of the socket, beside the job's file
 Message = dict[str, Any]
 
@@ -38,7 +40,15 @@ class Board:
 
     def __init__(self, path: Path) -> None:
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._server.bind(str(path))
+        try:
+            self._server.bind(str(path))
+        except OSError as error:
+            raise SpinRegError(
+                "Processes of a stage cannot be heard.",
+                where=str(path),
+                why=f"a socket of that name cannot be made ({error})",
+                todo="have TMPDIR name a local folder with a short path",
+            ) from error
         self._server.listen()
         self._server.setblocking(False)
         self._peers: list[Peer] = []

@@ -7,6 +7,7 @@ how it ended.
 import faulthandler
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -27,6 +28,7 @@ def main() -> NoReturn:
     logger = logging.getLogger("spin_reg")
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)  # what all would say is said once
     logger.addHandler(_Told(line))
+    stopping.APART = math.inf  # who has all processes of a job stopped is passed on too; to end at once is not ours
     with stopping.listening():
         try:
             job: Job = jobs.read(Job, json.loads(path.read_text(encoding="utf-8")))

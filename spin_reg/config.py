@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spin_reg import benchmarks, corpora, redact, settings
 from spin_reg.complaints import bad_value, config_error, holds_a_secret, unknown_key
 from spin_reg.fingerprint import digest, identity, plain
+from spin_reg.generation import Generation, check_engine
 from spin_reg.metrics import EXACT_MATCH, HEALTHY, KNOWN_LANGUAGE, Healthy
 from spin_reg.opponents import Regularizer, normalised
 from spin_reg.regularizers import REGULARIZERS, name_of
@@ -27,7 +28,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "regularizer": dict(REGULARIZERS),
     "schedule": {"default": settings.Schedule},
     "loss": {"base": settings.Loss},
-    "generation": {"default": settings.Generation},
+    "generation": {"default": Generation},
     "evaluation": {"default": benchmarks.Evaluation},
     "tracker": {"base": settings.Tracker, "wandb": settings.Wandb},
     "hardware": {"default": settings.Hardware},
@@ -43,7 +44,7 @@ class Config:
     regularizer: Regularizer | None = field(default=cast(Regularizer, settings.MISSING))  # None: no opponent
     schedule: settings.Schedule = field(default_factory=settings.Schedule)
     loss: settings.Loss = field(default_factory=settings.Loss)
-    generation: settings.Generation = field(default_factory=settings.Generation)
+    generation: Generation = field(default_factory=Generation)
     evaluation: benchmarks.Evaluation = field(default_factory=benchmarks.Evaluation)
     tracker: settings.Tracker = field(default_factory=settings.Tracker)
     hardware: settings.Hardware = field(default_factory=settings.Hardware)
@@ -92,7 +93,7 @@ def load(cfg: DictConfig, *, sweep: bool = False, given: Sequence[str] = ()) -> 
         _refuse_secrets(config)
         _check_run_name(config.run_name)
         config = _against_an_opponent(config, sweep) if config.loss.plays else _alone(config, sweep, given)
-        _check_generation(config.generation)
+        _check_generation(config)
         _check_keep(config)
         _check_stop(config)
         _check_packages(config)
@@ -273,12 +274,12 @@ def _check_loss(config: Config, rule: Regularizer) -> None:
         )
 
 
-def _check_generation(generation: settings.Generation) -> None:
+def _check_generation(config: Config) -> None:
     """What is played against are draws from an opponent; at temperature 0 it has none."""
-    ok = generation.temperature > 0
-    settings.check(
-        ok, f"generation.temperature={generation.temperature}: give a number above 0 (1 samples the policy itself)"
-    )
+    drawn = config.generation
+    message = f"generation.temperature={drawn.temperature}: give a number above 0 (1 samples the policy itself)"
+    settings.check(drawn.temperature > 0, message)
+    check_engine(drawn, config.model, config.evaluation.exact_match.temperature)
 
 
 OUTSIDE_IDENTITY = ("schedule.iterations", "evaluation", "tracker", "alpha", "run_name", "outputs")

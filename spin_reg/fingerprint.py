@@ -29,10 +29,14 @@ def plain(value: Any) -> Any:
 
 
 def identity(value: Any) -> Any:
-    """`plain`, without the dataclass fields marked `metadata={"runtime": True}`: those do not change results."""
+    """`plain`, without the dataclass fields marked `metadata={"runtime": True}`: those do not change results.
+
+    Nor are fields marked `later` a part of it while they are at their default: they came after it.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (f for f in dataclasses.fields(value) if not f.metadata.get("runtime"))
-        return {f.name: identity(getattr(value, f.name)) for f in fields}
+        named = ((f, getattr(value, f.name)) for f in fields)
+        return {f.name: identity(v) for f, v in named if not (f.metadata.get("later") and v == f.default)}
     if isinstance(value, list | tuple):
         return [identity(v) for v in value]
     if isinstance(value, dict):

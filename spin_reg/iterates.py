@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_reg import durable, models, sources, templates
 from spin_reg.errors import DamagedError
@@ -85,14 +85,26 @@ def make_room() -> None:
 
 def _from_iterate(folder: Path, policy: Policy) -> Loaded:
     """The model of an iterate's folder, or the base that its base.json names, without an adapter."""
-    record, trusted = folder / BASE_FILE, policy.trust_remote_code
-    if not record.exists():
-        return models.ready(models.from_folder(folder, policy), models.tokenizer_of(folder, trusted))
-    where, saved = _base_folder(record, trusted)
-    gguf_file = saved.get("gguf_file")
-    renders = {key: saved[key] for key in ("chat_template", "template_kwargs") if key in saved}
-    tokenizer = models.tokenizer_of(where, trusted, gguf_file, **renders)
+    where, gguf_file, renders = _files(folder, policy.trust_remote_code)
+    tokenizer = models.tokenizer_of(where, policy.trust_remote_code, gguf_file, **renders)
     return models.ready(models.from_folder(where, policy, gguf_file), tokenizer)
+
+
+def _files(folder: Path, trusted: bool) -> tuple[Path, str | None, dict[str, Any]]:
+    """Where an iterate's model lies, or its base's, the GGUF file there if it is one, and how its tokenizer renders."""
+    if not (folder / BASE_FILE).exists():
+        return folder, None, {}
+    where, saved = _base_folder(folder / BASE_FILE, trusted)
+    renders: dict[str, Any] = {key: saved[key] for key in ("chat_template", "template_kwargs") if key in saved}
+    return where, saved.get("gguf_file"), renders
+
+
+def reader(folder: Path, policy: Policy) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
+    """The tokenizer of an iterate, and the token ids that end an answer, as `load` gives them, without the weights."""
+    where, gguf_file, renders = _files(folder, policy.trust_remote_code)
+    tokenizer = models.tokenizer_of(where, policy.trust_remote_code, gguf_file, **renders)
+    named = models.generation_config_of(where, policy.trust_remote_code, gguf_file)
+    return tokenizer, models.end_ids(named, tokenizer)
 
 
 def for_others(folder: Path, *, trusted: bool, tokenizer: Path | None) -> dict[str, str]:

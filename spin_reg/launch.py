@@ -35,6 +35,7 @@ from spin_reg import (
     survey,
     tracking,
     versions,
+    vllm_python,
 )
 from spin_reg.config import Config
 from spin_reg.context import Context
@@ -124,6 +125,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     planned = Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate, stop=stop)
     if any(isinstance(stage.spec, BenchmarkSpec) for stage in _todo(planned)):
         harness.check()
+    vllm_python.check(stage.spec for stage in _todo(planned))
     return planned
 
 

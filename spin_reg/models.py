@@ -204,11 +204,15 @@ def generation_config(spec: Model) -> GenerationConfig | None:
     """The generation config of a pretrained model, as loading it would find it."""
     if not isinstance(spec, Pretrained):
         return None
-    folder = sources.model_folder(spec, weights=False)
+    return generation_config_of(sources.model_folder(spec, weights=False), spec.trust_remote_code, spec.gguf_file)
+
+
+def generation_config_of(folder: Path, trusted: bool, gguf_file: str | None = None) -> GenerationConfig:
+    """The generation config of a model's folder, as loading it would find it."""
     with _reading(folder):
-        if spec.gguf_file is None and (folder / "generation_config.json").exists():
+        if gguf_file is None and (folder / "generation_config.json").exists():
             return GenerationConfig.from_pretrained(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code, **_gguf(spec.gguf_file))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, **_gguf(gguf_file))
         return GenerationConfig.from_model_config(config)  # as loading the model does
 
 

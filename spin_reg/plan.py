@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from spin_reg import judges, opponents, policies
 from spin_reg.config import Config
 from spin_reg.corpora import Toy, published
+from spin_reg.generation import Generation
 from spin_reg.opponents import Draw, Opponent, Pairs
 from spin_reg.roles import answers_role, generated_role, holds_scores, real_role, results_role
 from spin_reg.schedules import at
-from spin_reg.settings import Generation, KeepIterates, Pretrained
+from spin_reg.settings import KeepIterates, Pretrained
 from spin_reg.specs import (
     CHECKED,
     AnswersSpec,

@@ -6,8 +6,9 @@ from dataclasses import replace
 from spin_reg import opponents
 from spin_reg.benchmarks import TaskFiles
 from spin_reg.config import Config
+from spin_reg.generation import Generation
 from spin_reg.schedules import at
-from spin_reg.settings import Dtype, Generation, Lora, Precision, Pretrained, Quantize
+from spin_reg.settings import Dtype, Lora, Precision, Pretrained, Quantize
 from spin_reg.specs import BenchmarkSpec, Policy, TrainSpec
 
 

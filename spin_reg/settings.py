@@ -4,7 +4,6 @@ A field marked `runtime()` changes how a result is made, never the result (up to
 fingerprint. Every other field is.
 """
 
-import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,6 +19,13 @@ MISSING = "???"  # the text OmegaConf knows as "must be given"
 def runtime(default: Any) -> Any:
     """A dataclass field that does not change results."""
     return field(default=default, metadata={"runtime": True})
+
+
+def later(default: Any) -> Any:
+    """A dataclass field that came when there were runs already: at its default, which must stay what it is, it is no
+    part of a fingerprint, so that theirs are what they were. Another value changes results.
+    """
+    return field(default=default, metadata={"later": True})
 
 
 def check(ok: bool, message: str) -> None:
@@ -233,25 +239,6 @@ class Loss:
     def plays(self) -> bool:
         """Whether there is an opponent: `sft` fits the real answers alone."""
         return self.name is not LossName.sft
-
-
-@dataclass
-class Generation:
-    """How answers are drawn; `max_new_tokens` null means `dataset.max_response_tokens`.
-
-    Temperature 0 takes the likeliest token each time: for evaluations alone, `config.load` refuses it for the game.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int | None = None
-    batch_size: int = runtime(32)
-
-    def __post_init__(self) -> None:
-        ok = math.isfinite(self.temperature) and self.temperature >= 0
-        check(ok, f"generation.temperature={self.temperature}: give a number above 0 (1 samples the policy itself)")
-        check(0 < self.top_p <= 1, f"generation.top_p={self.top_p}: give a number above 0, up to 1")
-        positive(generation__max_new_tokens=self.max_new_tokens, generation__batch_size=self.batch_size)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from spin_reg import hub, sources
 from spin_reg.corpora import Dataset
 from spin_reg.errors import ConfigError
-from spin_reg.settings import ALL_LINEAR, Generation, Model, Pretrained, Tiny
+from spin_reg.generation import Generation
+from spin_reg.settings import ALL_LINEAR, Model, Pretrained, Tiny
 
 STRETCHING = {"dynamic", "longrope", "su"}  # RoPE whose frequencies depend on the longest row of a batch
 OUTER = ("embed", "embd", "lm_head", "wte", "wpe", "norm")  # in the names of what is no linear layer between the two

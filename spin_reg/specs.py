@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from spin_reg.corpora import Dataset
 from spin_reg.exact import ExactMatch
+from spin_reg.generation import Backend, Generation
 from spin_reg.judged import BenchmarkSpec as BenchmarkSpec
 from spin_reg.judged import ConverseSpec as ConverseSpec
 from spin_reg.judged import JudgeSpec as JudgeSpec
@@ -15,7 +16,6 @@ from spin_reg.kept import Kept as Kept
 from spin_reg.kept import Policy as Policy
 from spin_reg.opponents import Draw
 from spin_reg.settings import (
-    Generation,
     Hardware,
     LengthNorm,
     Lora,
@@ -105,10 +105,11 @@ class GenerateSpec(Kept):
     @property
     def scored(self) -> bool:
         """Whether an answer is drawn with the log-prob that a score stage would find, so that none is needed: from the
-        policy itself, in arithmetic that hardly depends on batch companions.
+        policy itself, in arithmetic that hardly depends on batch companions, by our own kernels.
         """
+        ours = self.generation.backend is Backend.transformers
         plain = self.generation.temperature == 1 and self.generation.top_p == 1
-        return plain and self.policy.layout is None
+        return ours and plain and self.policy.layout is None
 
     def asked(self, names: Sequence[str]) -> list[int]:
         """The places of the examples that this iterate answers."""

@@ -32,8 +32,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from spin_reg import models, render, sampling, selfcheck, sizes
 from spin_reg.corpora import Jsonl
 from spin_reg.errors import ConfigError
+from spin_reg.generation import Generation
 from spin_reg.logprobs import collate, token_logprobs
-from spin_reg.settings import Generation, Pretrained
+from spin_reg.settings import Pretrained
 
 VOCABULARY, LONGEST, WINDOW = 40, 40, 6
 ENDS = (39, 3, 17)  # so many that some rows end early and leave the batch

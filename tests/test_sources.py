@@ -93,7 +93,7 @@ def test_limits_over_the_models_positions_exit_2_and_leave_nothing(
 
 
 def test_limits_that_just_fit_pass_and_the_tiny_model_has_its_own(tmp_path: Path) -> None:
-    from spin_reg.settings import Generation
+    from spin_reg.generation import Generation
 
     fits = Jsonl(path="x", max_prompt_tokens=512, max_response_tokens=512)
     sizes.check_positions(model(tmp_path, GPT2), fits, Generation(max_new_tokens=256))

@@ -1,59 +1,47 @@
 """Answers of one iterate, drawn once and kept as token ids."""
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from spin_reg import iterates, sampling, tables
+from spin_reg import durable, iterates, sampling, tables, vllm_engine
 from spin_reg.context import Context
+from spin_reg.fingerprint import seed_of
+from spin_reg.generation import Backend
+from spin_reg.sampling import Answer
+from spin_reg.settings import Dtype, Precision
 from spin_reg.specs import GenerateSpec, Split
 from spin_reg.tables import Row, Rows
 
 SHARD = 256  # rows; what a kill costs at most, and the border that no batch crosses
+ENGINE = "engine.json"  # which program drew, where it was not this one
+Draw = Callable[[Sequence[Row], Callable[[int], None]], Sequence[Answer]]  # (prompts, told how many are ready)
 
 
 def run(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context) -> None:
     """Write answers.parquet, one row for every prompt dealt to this iterate, and where `spec.scored` scores.parquet."""
     rows = prompts(spec, inputs["data"] / f"{spec.split}.parquet")
-    accelerator = iterates.accelerator(spec.hardware)
-    loaded = iterates.load(inputs["model"], spec.policy)
-    model = loaded.model.to(accelerator.device)
+    with ENGINES[spec.generation.backend](spec, inputs, out, context) as (draw, tokenizer):
 
-    def answer(some: Sequence[Row], ready: Callable[[int], None]) -> list[Row]:
-        points = torch.stack(
-            [
-                sampling.uniforms(spec.seed, spec.round, row["example_id"], spec.split, spec.max_new_tokens)
-                for row in some
+        def answer(some: Sequence[Row], ready: Callable[[int], None]) -> list[Row]:
+            return [
+                {
+                    "example_id": row["example_id"],
+                    "generated_ids": drawn.ids,
+                    "finish_reason": drawn.finish_reason,
+                    "sampled_from": spec.k,
+                    "logprob": math.fsum(drawn.logprobs),
+                    "token_logprobs": drawn.logprobs if spec.split is not Split.train else None,
+                    "generated": tokenizer.decode(drawn.ids, skip_special_tokens=True),
+                }
+                for row, drawn in zip(some, draw(some, ready), strict=True)
             ]
-        )
-        answers = sampling.sample(
-            model,
-            [row["prompt_ids"] for row in some],
-            points,
-            ends=loaded.end_ids,
-            temperature=spec.generation.temperature,
-            top_p=spec.generation.top_p,
-            batch_size=spec.generation.batch_size,
-            names=[row["example_id"] for row in some],
-            poll=context.poll,
-            ended=ready,
-        )
-        return [
-            {
-                "example_id": row["example_id"],
-                "generated_ids": drawn.ids,
-                "finish_reason": drawn.finish_reason,
-                "sampled_from": spec.k,
-                "logprob": math.fsum(drawn.logprobs),
-                "token_logprobs": drawn.logprobs if spec.split is not Split.train else None,
-                "generated": loaded.tokenizer.decode(drawn.ids, skip_special_tokens=True),
-            }
-            for row, drawn in zip(some, answers, strict=True)
-        ]
 
-    with accelerator.autocast():  # around all of it, so that weights are cast once
         tables.in_shards(
             rows,
             answer,
@@ -72,3 +60,90 @@ def prompts(spec: GenerateSpec, path: Path) -> Rows:
         return rows
     dealt = spec.asked(tables.column("example_id", path))
     return Rows(len(dealt), lambda n: rows[dealt[n]])
+
+
+@contextmanager
+def by_transformers(
+    spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context
+) -> Iterator[tuple[Draw, Any]]:
+    """Our sampler, and the iterate's tokenizer."""
+    accelerator = iterates.accelerator(spec.hardware)
+    loaded = iterates.load(inputs["model"], spec.policy)
+    model = loaded.model.to(accelerator.device)
+
+    def draw(some: Sequence[Row], ready: Callable[[int], None]) -> list[Answer]:
+        names = [row["example_id"] for row in some]
+        points = [sampling.uniforms(spec.seed, spec.round, name, spec.split, spec.max_new_tokens) for name in names]
+        return sampling.sample(
+            model,
+            [row["prompt_ids"] for row in some],
+            torch.stack(points),
+            ends=loaded.end_ids,
+            temperature=spec.generation.temperature,
+            top_p=spec.generation.top_p,
+            batch_size=spec.generation.batch_size,
+            names=names,
+            poll=context.poll,
+            ended=ready,
+        )
+
+    with accelerator.autocast():  # around all of it, so that weights are cast once
+        yield draw, loaded.tokenizer
+
+
+@contextmanager
+def by_vllm(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Context) -> Iterator[tuple[Draw, Any]]:
+    """vLLM in processes of its own, and the iterate's tokenizer; engine.json says which versions of it drew.
+
+    The draws behind an answer depend on (seed, round, example_id) alone, as our sampler's.
+    """
+    iterates.forget()  # one model in memory is enough
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    tokenizer, ends = iterates.reader(inputs["model"], spec.policy)
+    record = out / durable.SCRATCH / ENGINE
+
+    def version(found: str) -> None:
+        before = json.loads(record.read_bytes()) if record.exists() else []
+        durable.write_json(record, sorted({*before, found}))
+
+    def draw(some: Sequence[Row], ready: Callable[[int], None]) -> list[Answer]:
+        seeds = [
+            seed_of(spec.seed, spec.round, row["example_id"], "generate", spec.split) % 2**63 for row in some
+        ]  # torch takes no more
+        answers = engine.draw([row["prompt_ids"] for row in some], seeds, ready)
+        return [Answer(ids, reason, []) for ids, reason in answers]
+
+    durable.make_folder(record.parent)
+    asked = for_vllm(spec, inputs, ends)
+    with vllm_engine.opened(asked, record.parent, poll=context.poll, versions=version) as engine:
+        yield draw, tokenizer
+    versions = json.loads(record.read_bytes()) if record.exists() else []
+    durable.write_json(out / ENGINE, {"engine": "vllm", "versions": versions, "dtype": asked.dtype})
+
+
+def for_vllm(spec: GenerateSpec, inputs: dict[str, Path], ends: tuple[int, ...]) -> vllm_engine.Asked:
+    """What vLLM is asked for: the iterate in the dtype that it is scored in, drawn from as the settings say."""
+    found = iterates.for_others(inputs["model"], trusted=spec.policy.trust_remote_code, tokenizer=None)
+    fine = spec.hardware.precision is Precision.fp32 and spec.policy.dtype is Dtype.float32
+    adapter = None
+    if "peft" in found:
+        rank = json.loads((Path(found["peft"]) / iterates.ADAPTER).read_bytes())["r"]
+        adapter = found["peft"], int(rank)
+    return vllm_engine.Asked(
+        python=spec.generation.python,
+        threads=spec.hardware.threads,
+        model=found["pretrained"],
+        adapter=adapter,
+        dtype=str(Dtype.float32 if fine else Dtype.bfloat16),
+        trust_remote_code=spec.policy.trust_remote_code,
+        prompt=max(tables.lengths("prompt_ids", inputs["data"] / f"{spec.split}.parquet"), default=0),
+        answer=spec.max_new_tokens,
+        batch_size=spec.generation.batch_size,
+        temperature=spec.generation.temperature,
+        top_p=spec.generation.top_p,
+        ends=ends,
+    )
+
+
+ENGINES = {Backend.transformers: by_transformers, Backend.vllm: by_vllm}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from spin_reg import durable
+from spin_reg import durable, ranks, sharing
 from spin_reg.errors import NonFiniteError, SpinRegError
 from spin_reg.fingerprint import file_sha256
 
@@ -22,14 +22,15 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.contiguous()
+                tensors[f"{index}.{name}"] = sharing.whole(value).contiguous()
             else:
                 numbers[f"{index}.{name}"] = value
     return tensors, numbers
 
 
 def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
-    """Publish the state after as many steps as there are metrics rows, then drop the older ones.
+    """Publish the state after as many steps as there are metrics rows, then drop the older ones. Ranks that train
+    together all call this, and the main one writes; what they have of weights laid across them is put together.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite; the older checkpoint stays.
@@ -39,9 +40,13 @@ def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows
     target, temporary = folder / name, folder / f"{name}.tmp"
     if target.exists():
         return  # equal steps make equal states
+    weights = {n: sharing.whole(p.detach()).contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    tensors, numbers = _flatten(optimizer.state_dict())
+    if not ranks.is_main():
+        return
     _clear(folder)
     try:
-        _write(temporary, model, optimizer, rows)
+        _write(temporary, weights, tensors, numbers, rows)
         older = sorted(folder.glob("checkpoint-?????????"))
         durable.rename_folder(temporary, target)
     except SpinRegError:
@@ -57,10 +62,14 @@ def _clear(folder: Path) -> None:
         durable.remove(path)
 
 
-def _write(temporary: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
+def _write(
+    temporary: Path,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    numbers: dict[str, float],
+    rows: list[dict[str, Any]],
+) -> None:
     durable.make_folder(temporary)
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    tensors, numbers = _flatten(optimizer.state_dict())
     hashes = {}
     for file, content in ((MODEL, weights), (OPTIMIZER, tensors)):
         durable.write_bytes(temporary / file, save(content))
@@ -70,21 +79,41 @@ def _write(temporary: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 def refuse_nonfinite(model: nn.Module, where: str) -> None:
     """Raise NonFiniteError if a weight is NaN or infinite."""
-    for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            raise NonFiniteError(
-                "A weight is not a finite number.",
-                where=f"{where}, parameter {name}",
-                why="the last update spoilt the policy, so it is not kept",
-                todo="lower schedule.learning_rate, or use hardware.precision=fp32",
-            )
+
+
+    def check() -> None:
+        for name, p in model.named_parameters():
+            if not torch.isfinite(sharing.own(p)).all():
+                raise NonFiniteError(
+                    "A weight is not a finite number.",
+                    where=f"{where}, parameter {name}",
+                    why="the last update spoilt the policy, so it is not kept",
+                    todo="lower schedule.learning_rate, or use hardware.precision=fp32",
+                )
+
+    if any(sharing.sharded(p) for p in model.parameters()):
+        sharing.agreed(check)
+    else:
+        check()  # all ranks have the same weights
 
 
 def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Restore the newest state that verifies and return its metrics, a row a step; none where there is no such state.
 
-    A checkpoint is a cache of work: one that does not verify is named in the log, and its steps are done again.
+    A checkpoint is a cache of work: one that does not verify is named in the log, and its steps are done again. Any
+    number of ranks may go on from it, whatever number wrote it; the main one looks at what is there.
     """
+    found = ranks.from_main(_newest(folder) if ranks.is_main() else None)
+    if found is None:
+        return []
+    path = folder / found
+    state = durable.read_record(path / STATE)
+    _restore(path, state, model, optimizer)
+    return list(state["rows"])
+
+
+def _newest(folder: Path) -> str | None:
+    """The name of the newest checkpoint that verifies; those that do not, and what was not finished, are removed."""
     _clear(folder)
     for path in sorted(folder.glob("checkpoint-?????????"), reverse=True):
         try:
@@ -96,11 +125,10 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> li
             log.warning("%s is damaged (%s): its steps are done again", path / STATE, error)
         else:
             if not damaged:
-                _restore(path, state, model, optimizer)
-                return list(state["rows"])
+                return path.name
             log.warning("%s is damaged: its steps are done again", path / damaged[0])
         durable.remove(path)
-    return []
+    return None
 
 
 def _restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -108,9 +136,11 @@ def _restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: tor
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.requires_grad:
-                p.copy_(saved[name])
+                p.copy_(sharing.like(p, saved[name]))
     entries: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(path / OPTIMIZER).items(), *state["numbers"].items()]:
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in [*sorted(load_file(path / OPTIMIZER).items()), *state["numbers"].items()]:
         index, _, name = key.partition(".")
-        entries.setdefault(int(index), {})[name] = value
+        laid = sharing.like(trained[int(index)], value) if isinstance(value, Tensor) else value
+        entries.setdefault(int(index), {})[name] = laid
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})

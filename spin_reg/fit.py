@@ -3,6 +3,7 @@
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin_reg import checkpoint, durable, stopping
+from spin_reg import checkpoint, durable, ranks, sharing, stopping
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError, Stopped
 from spin_reg.fingerprint import order
-from spin_reg.packing import cut
 from spin_reg.scorer import Scorer
 from spin_reg.settings import LrScheduler, Optimizer
 
@@ -25,7 +25,10 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class FitSpec:
-    """What the loop needs to know; learning_rate is the peak, before the schedule's factor."""
+    """What the loop needs to know; learning_rate is the peak, before the schedule's factor.
+
+    `sharded`: weights, gradients and optimizer are laid across the ranks.
+    """
 
     learning_rate: float
     optimizer: Optimizer
@@ -38,6 +41,7 @@ class FitSpec:
     gradient_checkpointing: bool
     save_every: int
     iteration: int
+    sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,21 +137,20 @@ def fit(
         Stopped: a signal asked for it; every finished step is kept.
     """
     _without_dropout(model, spec.gradient_checkpointing)
-    scorer, optimizer = accelerator.prepare(Scorer(model), _optimizer(model, spec))
-    inner = accelerator.unwrap_model(scorer).model
+    scorer, optimizer = _prepared(model, spec, accelerator)
     scratch = out / durable.SCRATCH
-    state = _State(inner, optimizer, scratch, checkpoint.read(scratch, inner, optimizer.optimizer))
+    state = _State(model, optimizer, scratch, checkpoint.read(scratch, model, optimizer.optimizer))
     for row in state.metrics:
         context.log(row)
     if not state.metrics:
         before(scorer)
-    with stopping.saving(state.keep):
+    with nullcontext() if spec.sharded else stopping.saving(state.keep_alone):
         for step in range(len(state.metrics), len(steps)):
             rate = _set_rate(optimizer, spec, step, len(steps))
             where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
             try:
                 sums = _gradients(scorer, steps[step], task, spec, accelerator, where, context.poll)
-                norm = float(accelerator.clip_grad_norm_(scorer.parameters(), spec.max_grad_norm))
+                norm = float(sharing.whole(accelerator.clip_grad_norm_(scorer.parameters(), spec.max_grad_norm)))
                 _refuse_nonfinite(norm, "gradient", where, [task.name(i) for i in steps[step]])
             except (Stopped, NonFiniteError):
                 state.keep()  # the step at hand has changed nothing yet
@@ -161,9 +164,18 @@ def fit(
                 state.keep()
         _finish(state, spec, len(steps), after)
     if spec.gradient_checkpointing:
-        _checkpointing(inner, "disable")()
-        inner.eval()
+        _checkpointing(model, "disable")()
+        model.eval()
     return state.metrics
+
+
+def _prepared(model: PreTrainedModel, spec: FitSpec, accelerator: Accelerator) -> tuple[Scorer, Any]:
+    """The scorer and the optimizer, on their device. Accelerate is not to sum gradients: see `sharing`."""
+    scorer = Scorer(model.to(accelerator.device))
+    if spec.sharded:
+        sharing.shard(scorer, model)
+    optimizer = accelerator.prepare_optimizer(_optimizer(model, spec))
+    return accelerator.prepare_model(scorer, evaluation_mode=True), optimizer
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,11 @@ class _State:
             if self.metrics:
                 checkpoint.write(self.folder, self.model, self.optimizer.optimizer, self.metrics)
 
+    def keep_alone(self) -> None:
+        """From another thread, which cannot speak with other ranks: whole weights are kept by the main one."""
+        if ranks.is_main():
+            self.keep()
+
 
 def _set_rate(optimizer: Any, spec: FitSpec, step: int, total: int) -> float:
     rate = spec.learning_rate * lr_factor(spec.lr_scheduler, step, total, spec.warmup_ratio)
@@ -199,7 +216,10 @@ def _finish(state: _State, spec: FitSpec, steps: int, after: Callable[[], None])
     checkpoint.refuse_nonfinite(state.model, f"iteration {spec.iteration}, after the last step")
     if steps > spec.save_every:
         state.keep()  # what follows takes long where this took long
-    after()
+    sharing.gather(state.model)
+    if ranks.is_main():
+        after()
+    ranks.wait()
 
 
 def _without_dropout(model: PreTrainedModel, gradient_checkpointing: bool) -> None:
@@ -221,18 +241,30 @@ def _gradients(
     where: str,
     poll: Callable[[], None],
 ) -> Metrics:
-    """Accumulate a step's gradients over its micro-batches; the step's mean metrics."""
+    """Accumulate a step's gradients over its micro-batches, and sum them over ranks; the step's mean metrics."""
     total: Metrics = {}
-    scale = task.weight(rows)
-    for picked in cut([task.slots(i) for i in rows], tokens=spec.batch_tokens, most=spec.micro_batch_size):
-        poll()
-        micro = [rows[i] for i in picked]
-        summed, metrics = task.loss(scorer, micro)
-        _refuse_nonfinite(summed.item(), "loss", where, [task.name(i) for i in micro])
-        accelerator.backward(summed / scale)
-        for key, value in ({"loss": summed.item()} | metrics).items():
-            total[key] = total.get(key, 0.0) + value / scale
-    return total
+    scale, world = task.weight(rows), ranks.world()
+    dealt = sharing.turns(rows, task.slots, tokens=spec.batch_tokens, most=spec.micro_batch_size, world=world)
+    for micro in dealt[ranks.rank()]:
+        if world == 1:
+            poll()
+        idle = not micro  # where weights are sharded, others need this rank for each turn of theirs
+        summed, metrics = task.loss(scorer, micro or rows[:1]) if micro or spec.sharded else (None, {})
+        value = 0.0 if idle or summed is None else summed.item()
+
+        def check(value: float = value, micro: Sequence[int] = micro) -> None:
+            if world > 1:
+                poll()
+            _refuse_nonfinite(value, "loss", where, [task.name(i) for i in micro])
+
+        sharing.agreed(check)
+        if summed is not None:
+            shared = world if spec.sharded else 1  # FSDP takes the mean over ranks
+            accelerator.backward(summed * (0.0 if idle else shared / scale))
+        for key, part in ({"loss": value} | metrics).items() if micro else ():
+            total[key] = total.get(key, 0.0) + part / scale
+    sharing.add_up([p for p in scorer.parameters() if p.requires_grad])
+    return sharing.totals(total)
 
 
 def _refuse_nonfinite(value: float, what: str, where: str, names: list[str]) -> None:

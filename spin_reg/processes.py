@@ -20,11 +20,12 @@ from spin_reg import child, errors, jobs, launched, runner, stopping, usage, wir
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.jobs import Job
-from spin_reg.settings import Hardware
+from spin_reg.generation import Backend
+from spin_reg.settings import Hardware, Sharding
+from spin_reg.specs import GenerateSpec
 from spin_reg.stage import Stage
 
-HEAVY = {"sft", "generate", "score", "train", "divergence", "converse"}  # they load a model
-SHARED = {"generate", "score", "divergence", "converse"}  # and deal their rows to ranks
+HEAVY = {"sft", "generate", "score", "train", "divergence", "converse"}  # they load a model, and ranks share their rows
 SHOWN = 4  # lines
 AGENT = re.compile(r"exitcode: (-?\d+)\) local_rank: (\d+)")  # torchrun, of the rank that ended first
 REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic")  # and so its report begins
@@ -51,6 +52,10 @@ def check(hardware: Hardware) -> None:
         wrong = "hardware.isolate=true" if hardware.isolate else f"hardware.processes={hardware.processes}"
         why = f"a launcher has started {there} processes, and they are those that work"
         raise ConfigError("A setting cannot be used.", where=wrong, why=why, todo="leave it out, or the launcher")
+    if hardware.sharding is Sharding.full and count(hardware) == 1:
+        why = "one process has nobody to share weights with"
+        todo = "give hardware.processes=N, start the command by torchrun, or leave it out"
+        raise ConfigError("A setting cannot be used.", where="hardware.sharding=full", why=why, todo=todo)
 
 
 def count(hardware: Hardware) -> int:
@@ -68,21 +73,25 @@ def words(hardware: Hardware) -> str:
     """How the stages of a run are made, for people; empty where the command makes all itself."""
     each, many = threads(hardware), count(hardware)
     if many > 1:
-        kinds = ", ".join(sorted(SHARED))
-        return f"{many} for each of {kinds}, {each} thread{'s' * (each > 1)} each; one for other stages"
+        return f"{many} for each stage that loads a model, {each} thread{'s' * (each > 1)} each"
     return "one for each stage that loads a model" if hardware.isolate else ""
 
 
 def job_of(stage: Stage, inputs: Mapping[str, Path], work: Path, hardware: Hardware) -> Job:
     """A stage as it is handed to other processes."""
     folders = {role: str(folder.absolute()) for role, folder in inputs.items()}
-    many = count(hardware) if stage.kind in SHARED else 1
-    return Job(stage.name, stage.spec, folders, str(work.absolute()), threads(hardware), many)
+    return Job(stage.name, stage.spec, folders, str(work.absolute()), threads(hardware), _ranks(stage, hardware))
+
+
+def _ranks(stage: Stage, hardware: Hardware) -> int:
+    """How many processes make a stage; vLLM is asked by one, and starts what it needs itself."""
+    asks = isinstance(stage.spec, GenerateSpec) and stage.spec.generation.backend is Backend.vllm
+    return 1 if asks else count(hardware)
 
 
 def _in_step(stage: Stage, inputs: dict[str, Path], work: Path, context: Context, *, hardware: Hardware) -> None:
     """Make a stage with the ranks of a launcher, where it deals its rows."""
-    if stage.kind in SHARED:
+    if stage.kind in HEAVY and _ranks(stage, hardware) > 1:
         launched.run(job_of(stage, inputs, work, hardware), context)
         return
     if stage.kind in HEAVY:

@@ -55,6 +55,13 @@ class Optimizer(StrEnum):
     rmsprop = "rmsprop"
 
 
+class Sharding(StrEnum):
+    """Whether ranks that train together have each the whole model, or one laid across them (FSDP2)."""
+
+    none = "none"
+    full = "full"
+
+
 class LrScheduler(StrEnum):
     linear = "linear"
     cosine = "cosine"
@@ -297,6 +304,7 @@ class Hardware:
     `micro_batch_size` pairs and `score_batch_size` answers are the most, where that is to be fewer.
     `isolate`: each stage that loads a model is a process of its own. `processes`: so many work on it together, through
     torchrun, with `threads` each. They are dealt shards of `shard_size` prompts, null: as many as the stage's kind has.
+    `sharding=full`: in training, weights, gradients and optimizer are laid across them.
     """
 
     precision: Precision = Precision.fp32
@@ -308,6 +316,7 @@ class Hardware:
     isolate: bool = runtime(False)
     processes: int = runtime(1)
     shard_size: int | None = runtime(None)
+    sharding: Sharding = runtime(Sharding.none)
 
     def __post_init__(self) -> None:
         positive(hardware__processes=self.processes, hardware__shard_size=self.shard_size)

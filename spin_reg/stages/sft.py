@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from spin_reg import durable, iterates, models, sources, tables
+from spin_reg import durable, iterates, models, ranks, sources, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.models import Loaded
 from spin_reg.packing import Group, sums
 from spin_reg.scorer import Scorer
-from spin_reg.settings import Hardware, LrScheduler, Optimizer, Pretrained
+from spin_reg.settings import Hardware, LrScheduler, Optimizer, Pretrained, Sharding
 from spin_reg.specs import SftSpec, Split
 
 
@@ -59,6 +59,7 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             iteration=-1,
+            sharded=spec.hardware.sharding is Sharding.full,
         ),
         prefix="sft",
         accelerator=accelerator,
@@ -66,7 +67,8 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
         context=context,
         after=lambda: iterates.save(loaded, out, base),
     )
-    durable.write_jsonl(out / "metrics.jsonl", metrics)
+    if ranks.is_main():
+        durable.write_jsonl(out / "metrics.jsonl", metrics)
 
 
 def real_answers(*paths: Path) -> tuple[list[str], Task]:

@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spin_reg import durable, iterates, join, opponents, packing, selfcheck, tables
+from spin_reg import durable, iterates, join, opponents, packing, ranks, selfcheck, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.losses import LOSSES, log_ratio_difference
 from spin_reg.packing import Group, cut, sums
 from spin_reg.roles import generated_role, real_role
 from spin_reg.scorer import Scorer
-from spin_reg.settings import LengthNorm, Loss
+from spin_reg.settings import LengthNorm, Loss, Sharding
 from spin_reg.specs import Split, TrainSpec
 from spin_reg.stages import sft
 from spin_reg.tables import Row
@@ -45,6 +45,7 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             iteration=spec.t,
+            sharded=spec.hardware.sharding is Sharding.full,
         ),
         prefix="train",
         accelerator=accelerator,
@@ -53,7 +54,8 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
         before=before,
         after=lambda: iterates.save(loaded, out, base),
     )
-    durable.write_jsonl(out / "metrics.jsonl", metrics)
+    if ranks.is_main():
+        durable.write_jsonl(out / "metrics.jsonl", metrics)
 
 
 Fitted = tuple[list[str], Task, Callable[[Scorer], None]]  # rows' names, what is fitted to them, what is checked first
@@ -149,4 +151,5 @@ def self_check(
         length_norm=spec.loss.length_norm is LengthNorm.mean,
         tolerance=selfcheck.BFLOAT16 if coarse else selfcheck.FLOAT32,
     )
-    durable.write_json(out / "selfcheck.json", found)
+    if ranks.is_main():
+        durable.write_json(out / "selfcheck.json", found)

@@ -1,0 +1,121 @@
+"""Several processes that train one model: each reads its share of a step's rows, and all make the same step.
+
+Gradients are summed once a step, after all micro-batches, since ranks may have unequal numbers of them; with one model
+over all ranks (FSDP2) each backward sums and scatters them, and every rank then takes as many turns as the busiest one.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spin_reg import errors, ranks
+from spin_reg.errors import SpinRegError
+from spin_reg.packing import cut
+
+
+def turns(
+    rows: Sequence[int], slots: Callable[[int], int], *, tokens: int, most: int | None, world: int
+) -> list[list[list[int]]]:
+    """The micro-batches of each rank, the same number for all: those that a rank has less are empty.
+
+    Rows are dealt by length, the longest first, so that ranks read about as much; with one rank they stay as they are.
+    """
+    dealt = sorted(rows, key=slots, reverse=True) if world > 1 else list(rows)
+    found = []
+    for rank in range(world):
+        own = dealt[rank::world]
+        found.append([[own[i] for i in picked] for picked in cut([slots(i) for i in own], tokens=tokens, most=most)])
+    count = max(map(len, found))
+    return [micros + [[]] * (count - len(micros)) for micros in found]
+
+
+def agreed(check: Callable[[], None], poll: Callable[[], None] = lambda: None) -> None:
+    """Raise on every rank what `check` raises on one, so that none waits for one that is gone."""
+    if ranks.world() == 1:
+        return check()
+    error = None
+    try:
+        check()
+    except SpinRegError as found:
+        error = errors.told(found)
+    for told in ranks.gathered(error, poll):
+        if told is not None:
+            raise errors.heard(told)
+
+
+def totals(values: dict[str, float]) -> dict[str, float]:
+    """Sums over the ranks, in their order; each rank has the same names, or none."""
+    found: dict[str, float] = {}
+    for part in ranks.gathered(values):
+        for key, value in part.items():
+            found[key] = found.get(key, 0.0) + value
+    return found
+
+
+def add_up(parameters: Sequence[nn.Parameter]) -> None:
+    """Make each gradient the sum of all ranks'; what has none anywhere keeps none."""
+    if ranks.world() == 1 or any(sharded(p) for p in parameters):
+        return
+    has = [i for i, p in enumerate(parameters) if p.grad is not None]
+    waiting = []
+    for i in sorted(set().union(*ranks.gathered(has))):
+        p = parameters[i]
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        waiting.append(torch.distributed.all_reduce(p.grad, async_op=True))
+    for handle in waiting:
+        handle.wait()
+
+
+def shard(scorer: nn.Module, model: PreTrainedModel) -> None:
+    """Lay every weight across the ranks (FSDP2): a layer is put together while it is at work, the rest for a pass."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(model.device.type, (ranks.world(),))
+    layers = set(getattr(model, "_no_split_modules", None) or ())
+    for module in list(model.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(scorer, mesh=mesh, reshard_after_forward=False)  # the head is read outside its own forward
+
+
+def sharded(tensor: Tensor) -> bool:
+    """Whether this rank has but a part of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def own(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    part: Tensor = tensor.to_local() if sharded(tensor) else tensor  # type: ignore[operator]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of one that is laid across the ranks, all must ask for it at once."""
+    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def like(tensor: Tensor, value: Tensor) -> Tensor:
+    """A whole value laid across the ranks as a tensor is."""
+    if not sharded(tensor) or value.shape != tensor.shape:
+        return value
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(tensor, DTensor)
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+
+
+def gather(model: nn.Module) -> None:
+    """Put whole weights back into the main rank's model, which is then an ordinary one; tied weights stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is None or not sharded(p):
+                continue
+            if id(p) not in made:
+                full = whole(p.detach())
+                made[id(p)] = nn.Parameter(full.cpu(), requires_grad=p.requires_grad) if ranks.is_main() else p
+            module._parameters[name] = made[id(p)]

@@ -26,7 +26,7 @@ from spin_reg.redact import redacted
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EVERY = 0.5  # seconds between two looks into the store
-PATIENCE = 10.0  # seconds that rank 0 waits at its end for others to hear of it
+PATIENCE = {True: 10.0, False: 1.0}  # seconds that rank 0 waits for others to hear of its end, if that is a good one
 APART = 5.0  # seconds within which signals are one: the launcher, and whoever signals all its processes, send each
 
 
@@ -195,8 +195,8 @@ def _end(code: int) -> None:
     """Rank 0's last word; it may hold the store, so it stays until all have heard."""
     try:
         _here.store.set("end", str(code))
-        until, keys = time.monotonic() + PATIENCE, [f"end/{rank}" for rank in range(1, _here.world)]
-        while not _here.store.check(keys) and time.monotonic() < until and stopping.asked() is None:
+        until, keys = time.monotonic() + PATIENCE[code == 0], [f"end/{rank}" for rank in range(1, _here.world)]
+        while not _here.store.check(keys) and time.monotonic() < until:
             time.sleep(EVERY / 10)
     except RuntimeError:
         return  # there is nobody left to tell

@@ -80,7 +80,6 @@ def _write(
 def refuse_nonfinite(model: nn.Module, where: str) -> None:
     """Raise NonFiniteError if a weight is NaN or infinite."""
 
-
     def check() -> None:
         for name, p in model.named_parameters():
             if not torch.isfinite(sharing.own(p)).all():

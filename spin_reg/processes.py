@@ -19,8 +19,8 @@ from typing import Any
 from spin_reg import child, errors, jobs, launched, runner, stopping, usage, wire
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError
-from spin_reg.jobs import Job
 from spin_reg.generation import Backend
+from spin_reg.jobs import Job
 from spin_reg.settings import Hardware, Sharding
 from spin_reg.specs import GenerateSpec
 from spin_reg.stage import Stage

@@ -89,13 +89,14 @@ def sharded(tensor: Tensor) -> bool:
 
 def own(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    part: Tensor = tensor.to_local() if sharded(tensor) else tensor  # type: ignore[operator]
+    part: Tensor = getattr(tensor, "to_local", lambda: tensor)()
     return part
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of one that is laid across the ranks, all must ask for it at once."""
-    return tensor.full_tensor() if sharded(tensor) else tensor  # type: ignore[operator]
+    found: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return found
 
 
 def like(tensor: Tensor, value: Tensor) -> Tensor:

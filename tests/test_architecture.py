@@ -75,6 +75,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "harness",
             "answering",
             "ranks",
+            "sharing",
         }
         | {"questions", "judging", "asking", "replies"},
         {

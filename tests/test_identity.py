@@ -120,6 +120,7 @@ TABLE = [
     Row("hardware.processes", RUNTIME, "2"),
     Row("hardware.score_batch_size", RUNTIME, "3"),
     Row("hardware.shard_size", RUNTIME, "3"),
+    Row("hardware.sharding", RUNTIME, "full", given="hardware.processes=2"),
     Row("hardware.threads", RUNTIME, "1"),
     Row("keep_iterates", RUNTIME, "last"),
     Row("loss", RESULT, "ipo"),

@@ -64,6 +64,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "join",
             "branches",
             "columns",
+            "products",
             "scorer",
             "selfcheck",
             "harness",

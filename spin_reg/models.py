@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spin_reg import render, sizes, sources, templates
+from spin_reg import products, render, sizes, sources, templates
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 from spin_reg.settings import Model, Pretrained, Quantize, Tiny
@@ -197,6 +197,7 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def ready(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    products.quick(model)
     return Loaded(model.eval(), tokenizer, end_ids(model.generation_config, tokenizer))
 
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from transformers import Cache, PreTrainedModel
 
 from spin_reg import branches
 from spin_reg.logprobs import cache_name, collate, token_logprobs
 from spin_reg.packing import Group, Packed, pack
+from spin_reg.products import Linear, product
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.bias, ctx.kept = bias, [] if keeps else None
         made, normalisers = [], []
         for rows in _chunks(targets, weight):
-            logits = linear(states[rows], weight, bias).float()
+            logits = product(states[rows], weight, bias).float()
             normaliser = logits.logsumexp(dim=-1)
             made.append(logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1) - normaliser)
             normalisers.append(normaliser)
@@ -105,7 +105,7 @@ class _HeadLogprobs(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=ctx.exact) if to_weight else None
         of_bias = torch.zeros_like(ctx.bias) if to_bias else None
         for i, rows in enumerate(_chunks(targets, weight)):
-            logits = linear(states[rows], weight, ctx.bias) if ctx.kept is None else ctx.kept[i]
+            logits = product(states[rows], weight, ctx.bias) if ctx.kept is None else ctx.kept[i]
             if ctx.kept is not None:
                 ctx.kept[i] = None  # overwritten below where it is float32
             scale = grad[rows].unsqueeze(1)
@@ -115,7 +115,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 of_bias += slope.sum(dim=0)
             slope = slope.to(states.dtype)
             if of_states is not None:
-                of_states[rows] = slope @ weight
+                of_states[rows] = product(slope, weight.t())
             if of_weight is not None and of_weight.dtype == states.dtype:
                 of_weight.addmm_(slope.T, states[rows])
             elif of_weight is not None:
@@ -150,7 +150,7 @@ def reads_packed(model: nn.Module) -> bool:
     inner = _inner(model)
     head = inner.get_output_embeddings()
     attention = inner.config._attn_implementation
-    if attention not in ("sdpa", branches.NAME) or type(head) is not nn.Linear:
+    if attention not in ("sdpa", branches.NAME) or type(head) not in (nn.Linear, Linear):
         return False
     kept = f"{type(inner).__name__} {head.weight.dtype} {inner.device.type} {inner.config.to_json_string()}"
     if kept not in _found:

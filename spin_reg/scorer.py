@@ -178,5 +178,5 @@ def _tried(model: nn.Module) -> bool:
     prompts = [group.prompt for group in groups for _ in group.answers]
     batch = collate(prompts, [answer for group in groups for answer in group.answers])
     plain = token_logprobs(model, batch.to(_inner(model).device))[batch.response_mask]
-    near = bool((packed - plain).abs().max() <= (0.5 if coarse else 1e-4))
+    near = bool((packed - plain).abs().max() <= (0.5 if coarse else 1e-3))  # a fault is off by far more
     return near and torch.equal(packed[2:], moved[2:])

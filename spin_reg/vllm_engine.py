@@ -111,7 +111,7 @@ class Engine:
         """Start the processes, and wait until they have loaded the model."""
         python = vllm_python.path(self.asked.python)
         gpus = vllm_python.gpus(self.asked.python)
-        for n, variables in enumerate(_environments(gpus, self.asked.threads)):
+        for n, variables in enumerate(_environments(self.asked.python, gpus, self.asked.threads)):
             child = self.stack.enter_context(_started(python, variables, self.folder / f"vllm-{n}.log"))
             child.tell(self.asked.request(cpu=not gpus))
             self.children.append(child)
@@ -162,9 +162,9 @@ def opened(
         yield Engine(asked, folder, poll, versions, stack)
 
 
-def _environments(gpus: int, threads: int | None) -> list[dict[str, str]]:
+def _environments(python: str | None, gpus: int, threads: int | None) -> list[dict[str, str]]:
     """The variables of each process: with several GPUs each sees one of those that we were given."""
-    variables = ROOM | dict(os.environ) | vllm_python.QUIET
+    variables = ROOM | vllm_python.environment(python)
     if threads is not None:
         variables["OMP_NUM_THREADS"] = str(threads)
     if gpus < 2:

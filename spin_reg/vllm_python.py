@@ -1,11 +1,13 @@
 """The interpreter that has vLLM, which may be another than ours: asked what it has before anything is begun."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
 from functools import cache
 
+from spin_reg import child
 from spin_reg.errors import ConfigError
 from spin_reg.generation import Backend
 from spin_reg.redact import redacted
@@ -67,7 +69,7 @@ def _said(python: str | None, program: str) -> str:
     try:
         ended = subprocess.run(
             [path(python), "-c", program],
-            env=os.environ | QUIET,
+            env=environment(python),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=LOOK,
@@ -79,6 +81,13 @@ def _said(python: str | None, program: str) -> str:
         why = f"it ended with exit code {ended.returncode}: {redacted(last)}"
         raise _unfit(python, why, "give the path of a Python that has vLLM")
     return ended.stdout.decode(errors="replace").strip()
+
+
+def environment(python: str | None) -> dict[str, str]:
+    """What an interpreter is started with. Another one has its own modules; and none is a rank of a launcher's."""
+    other = r"PYTHON(PATH|HOME|SAFEPATH)$" if python is not None else "$."
+    kept = {k: v for k, v in os.environ.items() if not (child.LAUNCHED.match(k) or re.match(other, k))}
+    return kept | QUIET
 
 
 def _unfit(python: str | None, why: str, todo: str) -> ConfigError:

@@ -1,6 +1,7 @@
 """A stand-in for an interpreter with vLLM: one that finds this package in place of the real one, and draws by a law
-that hangs on the seed and the prompt alone. `FAKE` in its environment says how it misbehaves, `TOLD` where it writes what it
-was given.
+that hangs on the seed and the prompt alone.
+
+`FAKE` in its environment says how it misbehaves, `TOLD` where it writes what it was given.
 """
 
 import sys

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,8 +112,6 @@ def test_a_process_that_fails_is_told_with_its_last_words(
     monkeypatch.setenv("FAKE", how)
     with pytest.raises(SpinRegError, match=what) as caught:
         drawn(asked(fake), tmp_path, PROMPTS, SEEDS, nobody)
-    import re
-
     assert re.search(why, caught.value.why) and "it goes on" in caught.value.todo
     assert len(str(caught.value).splitlines()) == 4
 
@@ -122,7 +121,7 @@ def test_a_stop_ends_it_at_once(fake: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("TOLD", str(tmp_path / "told"))
 
     def poll() -> None:
-        if (tmp_path / "told").exists() and "seed" in (tmp_path / "told").read_text():
+        if (tmp_path / "told").exists() and '"prompt"' in (tmp_path / "told").read_text():
             raise KeyboardInterrupt
 
     began = time.monotonic()
@@ -146,7 +145,7 @@ def test_a_run_asks_as_it_is_set_and_goes_on_after_a_kill(
     monkeypatch.setenv("FAKE", "crash18")
     failed = command(*words(fake, tmp_path / "o"))
     assert failed.code == 1 and "out of memory, alas" in failed.err
-    before = len([line for line in (tmp_path / "told").read_text().splitlines() if "seed" in line])
+    before = len([line for line in (tmp_path / "told").read_text().splitlines() if '"prompt"' in line])
     monkeypatch.setenv("FAKE", "")
     assert command(*words(fake, tmp_path / "o")).code == 0
     told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spin_reg import stopping, vllm_python
+from spin_reg.child import LAUNCHED
 from spin_reg.errors import SpinRegError
 from spin_reg.redact import redacted
 
@@ -164,7 +165,8 @@ def opened(
 
 def _environments(gpus: int, threads: int | None) -> list[dict[str, str]]:
     """The variables of each process: with several GPUs each sees one of those that we were given."""
-    variables = ROOM | dict(os.environ) | vllm_python.QUIET
+    own = {name: value for name, value in os.environ.items() if not LAUNCHED.match(name)}
+    variables = ROOM | own | vllm_python.QUIET
     if threads is not None:
         variables["OMP_NUM_THREADS"] = str(threads)
     if gpus < 2:

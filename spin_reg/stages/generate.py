@@ -97,9 +97,7 @@ def by_vllm(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Con
 
     The draws behind an answer depend on (seed, round, example_id) alone, as our sampler's.
     """
-    iterates.forget()  # one model in memory is enough
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    iterates.make_room()  # one model in memory is enough
     tokenizer, ends = iterates.reader(inputs["model"], spec.policy)
     record = out / durable.SCRATCH / ENGINE
 

@@ -70,6 +70,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "join",
             "branches",
             "columns",
+            "products",
             "scorer",
             "selfcheck",
             "harness",

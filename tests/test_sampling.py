@@ -134,6 +134,14 @@ def test_at_temperature_0_the_likeliest_token_is_taken() -> None:
                 assert token == int(model(input_ids=torch.tensor([prompt + answer.ids[:j]])).logits[0, -1].argmax())
 
 
+def test_pick_looks_at_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, at = torch.randn(7, 700), torch.rand(7).double()
+    whole = sampling.pick(logits, at, temperature=0.7, top_p=0.9)
+    monkeypatch.setattr(sampling, "AT_ONCE", 1500)  # two rows
+    for one, other in zip(sampling.pick(logits, at, temperature=0.7, top_p=0.9), whole, strict=True):
+        assert torch.equal(one, other) and len(one) == 7
+
+
 def test_pick_never_leaves_the_vocabulary() -> None:
     top = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
     assert int(sampling.pick(torch.zeros(1, 7), top, temperature=1.0, top_p=1.0)[0]) == 6

@@ -1,0 +1,100 @@
+"""Weights that are laid out for drawing on a CPU multiply as `nn.Linear` does, for as long as answers are drawn."""
+
+import math
+
+import pytest
+import torch
+from test_sampling import END, PROMPTS, llama, points
+from torch import nn
+
+from spin_reg import products, sampling
+from spin_reg.branches import Newest, attend
+
+cpu = pytest.mark.skipif(
+    not products.fits(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products of bfloat16 on this CPU"
+)
+
+
+class Odd(nn.Linear):
+    """Whatever packs its weights otherwise."""
+
+
+def two(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 33), nn.Linear(33, 7, bias=False), Odd(7, 7)).to(dtype).eval()
+
+
+@cpu
+@pytest.mark.parametrize("rows", [1, 5, 64])
+@torch.no_grad()
+def test_products_are_those_of_linear_layers(rows: int) -> None:
+    """In float32, in bfloat16 and under autocast, of rows that are views too; against float64."""
+    states = torch.randn(rows, 3, 96)[:, 1:2, ::2]
+    exact = two(torch.float64)(states.double())
+    for dtype, autocast, near in (
+        (torch.float32, False, 1e-5),
+        (torch.bfloat16, False, 0.1),
+        (torch.float32, True, 0.1),
+    ):
+        model = two(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            plain = model(states.to(dtype))
+            with products.laid_out(model):
+                found = model(states.to(dtype))
+        assert found.dtype == plain.dtype and found.shape == plain.shape
+        assert (found - exact).abs().max() < near > (found - plain).abs().max()
+
+
+@cpu
+def test_layers_are_as_they_were_when_drawing_ends_however_it_ends() -> None:
+    model = two(torch.float32)
+    model[1].forward = replaced = lambda states: states  # as hooks of accelerate do
+    with pytest.raises(KeyboardInterrupt), products.laid_out(model):
+        assert [("forward" in vars(layer)) for layer in model] == [True, True, False]
+        assert model[1].forward is replaced
+        raise KeyboardInterrupt
+    assert [("forward" in vars(layer)) for layer in model] == [False, True, False]
+
+
+@cpu
+def test_answers_are_drawn_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every step, the head among them; and a weight that changes between two calls is seen by the second."""
+    model, seen, pick = llama(), [], sampling.pick
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+    def listening(*args: torch.Tensor, **kwargs: float) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(all("forward" in vars(layer) for layer in layers))
+        return pick(*args, **kwargs)
+
+    monkeypatch.setattr(sampling, "pick", listening)
+    greedy = {"ends": [END], "temperature": 0.0, "top_p": 1.0}
+    sampling.sample(model, PROMPTS, points(len(PROMPTS), 6), **greedy)
+    assert seen and all(seen) and len(layers) == 15
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    answers = sampling.sample(model, PROMPTS, points(len(PROMPTS), 6), **greedy)
+    assert all(answer.ids == [0] * 6 for answer in answers)  # all logits are equal: the first is taken
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_is_its_formula(masked: bool) -> None:
+    """softmax(q k' scale) v with six heads on two of keys, in blocks of rows; masked columns may hold anything."""
+    torch.manual_seed(0)
+    rows, heads, shared, columns, width = 5, 2, 3, 9, 4
+    query, key, value = (torch.randn(rows, n, c, width) for n, c in ((6, 1), (heads, columns), (heads, columns)))
+    mask = torch.ones(rows, 1, 1, columns, dtype=torch.bool)
+    if masked:
+        for row in range(rows):
+            mask[row, ..., : row + 1] = False
+            key[row, :, : row + 1], value[row, :, : row + 1] = 1e9, -1e9
+    module = nn.Module()
+    module.num_key_value_groups = shared
+    blocks = Newest(((slice(0, 2), 1 if masked else 0), (slice(2, 5), 3 if masked else 0)))
+    made, _ = attend(module, query, key, value, mask if masked else None, blocks, scaling=0.7)
+    for row in range(rows):
+        seen = slice(row + 1 if masked else 0, columns)
+        for head in range(heads * shared):
+            k, v = key[row, head // shared, seen].double(), value[row, head // shared, seen].double()
+            weights = [math.exp(0.7 * float(query[row, head, 0].double() @ one)) for one in k]
+            wanted = sum(weight * one for weight, one in zip(weights, v, strict=True)) / sum(weights)
+            torch.testing.assert_close(made[row, 0, head].double(), wanted, rtol=1e-5, atol=1e-5)

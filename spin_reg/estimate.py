@@ -164,7 +164,7 @@ def memory(todo: Sequence[Stage], model: Model) -> Memory:
     are drawn, l layers of widths h (hidden), i (inner) and c (keys, as values), V tokens in the vocabulary, a bytes a
     number of the forward pass, and at most C logits made at a time, K kept:
 
-        generate   b P + B L l 2 c b + 12 B V                       the cache; the last logits and their sums
+        generate   (b + a) P + B L l 2 c b + 12 B V                 weights laid out anew; the cache; the last logits
         score      b P + a N (8 h + 4 i + 2 c) + 8 min(C, R V)      one layer at a time; logits in float32, twice
         divergence 2 b P + a N (8 h + 4 i + 2 c) + 16 max(C, R V)   two models, and the logits of both
         train      b P + T (4 + 4 slots) + a N l (8 h + 4 i + 2 c) + 4 min(K, R V) + 12 min(C, R V)
@@ -178,8 +178,7 @@ def memory(todo: Sequence[Stage], model: Model) -> Memory:
         return Memory({})
     found: dict[str, int] = {}
     weights, trained = sizes.parameters(model), sizes.trained_parameters(model)
-    quantized = QUANTIZED[model.lora.quantize] if isinstance(model, Pretrained) else None
-    loaded = weights * (quantized or BYTES[model.dtype])
+    loaded = weights * (_quantized(model) or BYTES[model.dtype])
     for stage in todo:
         spec = stage.spec
         if not isinstance(spec, Heavy):
@@ -189,6 +188,11 @@ def memory(todo: Sequence[Stage], model: Model) -> Memory:
         )
         found[stage.kind] = max(found.get(stage.kind, 0), round(need))
     return Memory(found)
+
+
+def _quantized(model: Model) -> float | None:
+    """Bytes a weight of a base that is held in 4 or 8 bits."""
+    return QUANTIZED[model.lora.quantize] if isinstance(model, Pretrained) else None
 
 
 LIBRARIES = 500_000_000  # bytes: Python, torch and transformers as imported
@@ -203,7 +207,8 @@ def _working(stage: Stage, spec: Heavy, widths: sizes.Shape, model: Model, train
     layer = 8 * widths.hidden + 4 * widths.inner + 2 * widths.cached
     if isinstance(spec, GenerateSpec):
         rows, length = spec.generation.batch_size, data.max_prompt_tokens + spec.max_new_tokens
-        return rows * (length * widths.layers * 2 * widths.cached * b + 12 * widths.vocabulary)
+        laid_out = 0 if _quantized(model) else a * sizes.parameters(model)
+        return laid_out + rows * (length * widths.layers * 2 * widths.cached * b + 12 * widths.vocabulary)
     if isinstance(spec, ScoreSpec):
         answers = spec.most * response
         tokens = _at_once(hardware.batch_tokens, longest - response + answers, hardware.score_batch_size)

@@ -69,9 +69,10 @@ def case(words: list[str], outputs: Path) -> list[Found]:
     if made.returncode:
         raise SystemExit(made.stderr)
     root = outputs / "run"
+    made_as = {stage["name"]: stage["kind"] for stage in (json.loads(p.read_text()) for p in root.rglob("stage.json"))}
     measured: dict[str, int] = {}
     for name, text in LINE.findall((root / "run.log").read_text()):
-        kind = json.loads((next(root.glob(f"{name}*/stage.json"))).read_text())["kind"]
+        kind = made_as[name]
         measured[kind] = max(measured.get(kind, 0), json.loads(text)["peak_memory"])
     return [Found(kind, sum(held.values()), measured[kind]) for kind, held in estimated.items()]
 

@@ -4,6 +4,7 @@
 python scripts/scaling.py
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 ITERATIONS, EPOCHS, PROMPT, ANSWER, HELDOUT = 3, 2, 256, 512, 1000
@@ -87,15 +88,15 @@ def stages(scale: Scale) -> str:
         made = rows(scale, game)
         for name, flops, best, worst in made:
             lines.append(f"| {game} | {name} | {flops / 1e15:.3g} | {best:.2g} to {worst:.2g} |")
-        total = [sum(row[i] for row in made) for i in (1, 2, 3)]
-        lines.append(f"| {game} | all | {total[0] / 1e15:.3g} | {total[1]:.2g} to {total[2]:.2g} |")
+        flops, best, worst = (sum(column) for column in list(zip(*(row[1:] for row in made), strict=True)))
+        lines.append(f"| {game} | all | {flops / 1e15:.3g} | {best:.2g} to {worst:.2g} |")
     return "\n".join(lines)
 
 
 def sizes() -> str:
     """A table of bytes."""
     lines = ["| | " + " | ".join(scale.name for scale in SCALES) + " |", "|---|---|---|"]
-    for name, size in {
+    kinds: dict[str, Callable[[Scale], float]] = {
         "an iterate in float32, as saved: 4 P": lambda s: 4 * s.weights,
         "an iterate in bfloat16: 2 P": lambda s: 2 * s.weights,
         "training state on one GPU, FSDP2, float32, RMSprop: 12 P / G": lambda s: 12 * s.weights / s.gpus,
@@ -105,7 +106,8 @@ def sizes() -> str:
         "cache of one row at its end: 4 l c (p + r)": lambda s: 4 * s.layers * s.cached * (PROMPT + ANSWER),
         "token ids of an iteration's pairs: 4 N (p + 2 r)": lambda s: 4 * s.prompts * (PROMPT + 2 * ANSWER),
         "index of the rows in one process: 210 N": lambda s: 210 * s.prompts,
-    }.items():
+    }
+    for name, size in kinds.items():
         lines.append(f"| {name} | " + " | ".join(f"{size(scale) / 1e9:.3g} GB" for scale in SCALES) + " |")
     return "\n".join(lines)
 

@@ -166,11 +166,12 @@ def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Nee
     return space.need(planned.stages, todo, settings.model, rows, settings.keep_iterates, planned.future)
 
 
-def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, judges.Cost]:
-    """The tokens and the memory of the stages still to be made, and what a judge will be asked for."""
+def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, str | None, judges.Cost]:
+    """Of the stages still to be made: tokens, memory, what makes that fit where it does not, what a judge is asked."""
     todo, asked = _todo(planned), planned.sources.mt_bench
     work, memory = estimate.work(todo, _counts(planned)), estimate.memory(todo, planned.config.model)
-    return work, memory, judges.expected(todo, asked, planned.root)
+    helps = estimate.helps(todo, planned.config.model, estimate.room())
+    return work, memory, helps, judges.expected(todo, asked, planned.root)
 
 
 def time_left(planned: Planned) -> pace.Left:

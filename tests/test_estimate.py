@@ -8,11 +8,12 @@ from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_reg import config, estimate, models, overrides, sizes
+from spin_reg import config, estimate, models, overrides, sizes, space
 from spin_reg.plan import Sources, plan
 from spin_reg.schedules import at
 from spin_reg.settings import Pretrained, Tiny
 from spin_reg.specs import Split
+from spin_reg.stage import Stage
 
 PRESETS = ("spin", "alpha_spin", "fictitious_play", "mixture_of_two", "small_lora")
 ROWS = {Split.train: 100, Split.heldout: 10}
@@ -111,7 +112,7 @@ def memory(base: Path, *words: str) -> int:
     """Bytes of the heaviest training stage over this model."""
     settings = loaded("model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl", *words)
     stages = plan(settings, Sources(model="m", tokenizer="t", data="d"))
-    return estimate.memory(stages, settings.model).by_kind["train"]
+    return estimate.memory(stages, settings.model).by_kind["train"].total
 
 
 def test_adapters_and_small_batches_take_less_memory(base: Path) -> None:
@@ -120,10 +121,48 @@ def test_adapters_and_small_batches_take_less_memory(base: Path) -> None:
     assert all(memory(base, many, word) < memory(base, many) for word in less) and memory(base) < memory(base, many)
 
 
-def test_what_does_not_fit_is_told_with_what_helps() -> None:
-    text = estimate.Memory({"train": 9 * 10**9}).words(room=8 * 10**9)
-    assert "will not fit" in text and "hardware.batch_tokens" in text and "model.lora.rank" in text
-    assert "will not fit" not in estimate.Memory({"train": 7 * 10**9}).words(room=8 * 10**9)
+CHECKPOINTED = "hardware.gradient_checkpointing=true"
+TIGHT = {  # what is heaviest, and then helped by what
+    "gradient_checkpointing": ("hardware.batch_tokens=8192", "generation.batch_size=4"),
+    "batch_tokens": ("hardware.batch_tokens=8192", "generation.batch_size=4", CHECKPOINTED),
+    "batch_size": ("hardware.batch_tokens=512", "generation.batch_size=512", CHECKPOINTED),
+}
+
+
+@pytest.mark.parametrize("name", TIGHT)
+def test_the_setting_that_is_named_makes_the_estimate_fit(name: str, base: Path) -> None:
+    """Under a made-up limit just below what the run takes; with what was named, the whole plan fits it."""
+
+    def planned(*words: str) -> tuple[list[Stage], Pretrained]:
+        own = ["model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl"]
+        settings = loaded(*own, *TIGHT[name], "evaluation=none", *words)
+        assert isinstance(settings.model, Pretrained)
+        return plan(settings, Sources(model="m", tokenizer="t", data="d")), settings.model
+
+    before = estimate.memory(*planned())
+    room = before.most - 1
+    said = estimate.helps(*planned(), room)
+    assert said is not None and name in said
+    after = estimate.memory(*planned(said.split()[0]))
+    assert after.most <= room and space.human(after.most) in said and space.human(before.most) in said
+    assert estimate.helps(*planned(), before.most) is None  # it fits
+    assert estimate.helps(*planned(), 1) is None  # nothing is enough
+    text = before.words(room, said)
+    assert "will not fit" in text and said in text and "will not fit" not in before.words(before.most)
+
+
+def test_autocast_holds_cast_weights_and_sharding_a_share_of_what_is_trained(base: Path) -> None:
+    def held(*words: str) -> estimate.Held:
+        own = ["model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl", *words]
+        settings = loaded(*own)
+        stages = plan(settings, Sources(model="m", tokenizer="t", data="d"))
+        return estimate.memory(stages, settings.model).by_kind["train"]
+
+    count = sizes.parameters(Pretrained(name_or_path=str(base)))
+    assert (held().parameters, held("hardware.precision=bf16").parameters) == (4 * count, 6 * count)
+    assert held("schedule.optimizer=adamw").optimizer == 2 * held("schedule.optimizer=rmsprop").optimizer == 8 * count
+    half = held("hardware.processes=2", "hardware.sharding=full")
+    assert (half.parameters, half.gradients) == (2 * count, 2 * count) and half.activations == held().activations
 
 
 @pytest.mark.parametrize("preset", PRESETS)

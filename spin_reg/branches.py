@@ -51,7 +51,8 @@ def attend(
     made = []
     if isinstance(branches, Newest):
         plain = attention_mask is None or (attention_mask.shape[1] == 1 and attention_mask.dtype == torch.bool)
-        own = plain and kwargs.get("position_bias") is None and fits(query.device, query.dtype)
+        own = plain and kwargs.get("position_bias") is None and query.dtype == torch.float32
+        own = own and fits(query.device, query.dtype)  # in bfloat16 its scores would be rounded before the softmax
         by = _one_query if own else sdpa_attention_forward
         for rows, first in branches.blocks:
             mask = None if attention_mask is None else attention_mask[rows, ..., first:]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+_plainly: list[bool] = []
 LARGE = 2**24  # multiplications from which on a product is worth what oneDNN takes to begin
 
 
@@ -26,10 +27,20 @@ def _mkl_is_slow() -> bool:
     return there and cpu.exists() and "GenuineIntel" not in cpu.read_text(encoding="utf-8", errors="replace")
 
 
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Inside, all products are PyTorch's own: for what is about a model and not about how it is multiplied."""
+    _plainly.append(True)
+    try:
+        yield
+    finally:
+        _plainly.pop()
+
+
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows W' + bias, as `linear`, up to rounding; without gradients. rows: (..., in). weight: (out, in)."""
     fits32 = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
-    if fits32 and rows.numel() * weight.shape[0] >= LARGE and _mkl_is_slow():
+    if fits32 and not _plainly and rows.numel() * weight.shape[0] >= LARGE and _mkl_is_slow():
         made: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         return made
     return linear(rows, weight, bias)

@@ -52,7 +52,7 @@ class Tolerance:
         return max(self.mean, self.spread / math.sqrt(tokens))
 
 
-FLOAT32, BFLOAT16 = Tolerance(1e-5, 1e-5, total=1.2e-4), Tolerance(0.1, 0.02, total=2.0, spread=0.22)
+FLOAT32, BFLOAT16 = Tolerance(1e-5, 1e-5), Tolerance(0.1, 0.02, total=2.0, spread=0.22)
 
 
 @dataclass(frozen=True)

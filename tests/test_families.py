@@ -152,7 +152,7 @@ def test_what_is_drawn_is_what_is_scored(name: str, attention: str, monkeypatch:
 
 
 # Nats a token that bfloat16 moves with the batch: the largest of a token; of an answer's mean; the mean of all answers.
-TOKEN, ANSWER, MEAN = 0.08, 0.015, 0.002
+TOKEN, ANSWER, MEAN = 0.06, 0.01, 0.002
 
 
 @pytest.mark.slow

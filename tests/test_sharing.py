@@ -143,7 +143,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
     words = ["train", *WORDS, f"outputs={root.parent}"]
 
     def progress(self: Any, done: int, total: int, unit: str) -> None:
-        if (done, unit) == (2, "step"):
+        if (done, unit) == (5, "step"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -151,7 +151,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
         result = command(*words, "hardware.processes=2", f"hardware.sharding={sharding}")
     assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
     (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
-    assert 2 <= int(kept.name[-9:]) <= STEPS  # it may be heard late
+    assert 5 <= int(kept.name[-9:]) < STEPS
     other = ["hardware.processes=2", "hardware.sharding=full"] if sharding == "none" else []
     assert command(*words, *other).code == 0
     near(root, made)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import SMALL, Command, read_jsonl
 from safetensors.torch import load_file
+from test_processes import trap  # noqa: F401
 
 from spin_reg import console, sharing
 from spin_reg.errors import NonFiniteError
@@ -138,8 +139,16 @@ def test_an_adapter_over_a_sharded_base(
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
-    sharding: str, made: Path, root: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    sharding: str,
+    made: Path,
+    root: Path,
+    command: Command,
+    trap: Callable[..., None],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    trap(
+        "    after(fit._State, 'update', lambda state, row: time.sleep(0.5 * (row['step'] >= 5)))\n"
+    )  # so it is in time
     words = ["train", *WORDS, f"outputs={root.parent}"]
 
     def progress(self: Any, done: int, total: int, unit: str) -> None:
@@ -152,6 +161,7 @@ def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
     assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
     (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
     assert 5 <= int(kept.name[-9:]) < STEPS
+    trap()
     other = ["hardware.processes=2", "hardware.sharding=full"] if sharding == "none" else []
     assert command(*words, *other).code == 0
     near(root, made)

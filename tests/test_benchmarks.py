@@ -73,6 +73,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "lm_eval/tasks/both.yaml": "group: both\ntask:\n  - ai2_arc\n",
         },
     )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)  # the real one, where another test has imported it, would be found first
     monkeypatch.syspath_prepend(site)
     monkeypatch.setenv("PYTHONPATH", str(site))
     return site / "lm_eval/tasks"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LIKE, FEW = 1.2, 16  # a row is like another that is this many times and tokens shorter
+TILE = 16  # a row's length is a multiple of it: PyTorch sums a row's remainder by itself, so padding would change bits
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,18 @@ def pack(groups: Sequence[Group], device: torch.device | None = None) -> Packed:
 
 
 def _blocks(rows: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Rows of like length together, padded with -1: attention takes the square of what is longest."""
+    """Rows of like length together, padded with -1: attention takes the square of what is longest.
+
+    They are padded to whole tiles, so that an answer's log-probs are the same bits beside other answers, too.
+    """
     blocks: list[list[list[int]]] = []
     for row in sorted(rows, key=len):
         if blocks and len(row) <= LIKE * len(blocks[-1][0]) + FEW:
             blocks[-1].append(row)
         else:
             blocks.append([row])
-    return [[row + [-1] * (len(block[-1]) - len(row)) for row in block] for block in blocks]
+    widths = [math.ceil(len(block[-1]) / TILE) * TILE for block in blocks]
+    return [[row + [-1] * (width - len(row)) for row in block] for block, width in zip(blocks, widths, strict=True)]
 
 
 def lengths(groups: Sequence[Group]) -> list[int]:

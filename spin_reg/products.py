@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 _plainly: list[bool] = []
-LARGE = 2**24  # multiplications from which on a product is worth what oneDNN takes to begin
+LARGE = 2**16  # weights from which on a product is oneDNN's, of however few rows: its bits must not tell how many
 
 
 @lru_cache(maxsize=1)
@@ -40,7 +40,7 @@ def plainly() -> Iterator[None]:
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows W' + bias, as `linear`, up to rounding; without gradients. rows: (..., in). weight: (out, in)."""
     fits32 = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
-    if fits32 and not _plainly and rows.numel() * weight.shape[0] >= LARGE and _mkl_is_slow():
+    if fits32 and not _plainly and weight.numel() >= LARGE and _mkl_is_slow():
         made: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         return made
     return linear(rows, weight, bias)

@@ -155,7 +155,7 @@ def reads_packed(model: nn.Module) -> bool:
     kept = f"{type(inner).__name__} {head.weight.dtype} {inner.device.type} {inner.config.to_json_string()}"
     if kept not in _found:
         inner.set_attn_implementation(branches.NAME)
-        with plainly():
+        with plainly(), torch.autocast(inner.device.type, enabled=False):
             _found[kept] = _tried(model)
     inner.set_attn_implementation(branches.NAME if _found[kept] else attention)
     if not _found[kept]:

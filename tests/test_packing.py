@@ -15,6 +15,7 @@ from transformers import BloomConfig, CohereConfig, Gemma2Config, MambaConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from spin_reg import scorer
+from spin_reg.branches import attend
 from spin_reg.fit import _without_dropout
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.packing import Group, cut, lengths, pack, sums
@@ -206,9 +207,22 @@ def test_every_answer_unfolds_into_a_causal_row_of_its_own() -> None:
     assert flat[packed.fold].tolist() == list(range(sum(g.slots for g in GROUPS)))
 
 
+def test_the_bits_of_attention_do_not_tell_what_was_read_beside() -> None:
+    torch.manual_seed(0)
+    groups = [Group([1] * n, ([2] * m, [3])) for n, m in ((15, 6), (18, 9), (23, 4), (34, 21), (90, 30), (85, 44))]
+    together, module = pack(groups), nn.Module()
+    module.num_key_value_groups = 3
+    states = [torch.randn(1, heads, together.input_ids.shape[1], 64) for heads in (9, 3, 3)]
+    made, end = attend(module, *states, None, together)[0], 0
+    for group in groups:
+        slots = slice(end, end := end + group.slots)
+        alone, _ = attend(module, *(part[:, :, slots] for part in states), None, pack([group]))
+        assert torch.equal(alone, made[:, slots])
+
+
 def test_rows_of_like_length_go_through_attention_together() -> None:
     groups = [Group([1] * n, ([2] * n,)) for n in (100, 10, 99, 60, 11)]
-    assert [tuple(block.shape) for block in pack(groups).unfold] == [(2, 21), (1, 119), (2, 199)]
+    assert [tuple(block.shape) for block in pack(groups).unfold] == [(2, 32), (1, 128), (2, 208)]
 
 
 def test_sums_are_those_of_answers() -> None:

@@ -102,11 +102,11 @@ def test_attention_of_one_query_is_its_formula(masked: bool) -> None:
 
 @cpu
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(9, 64), (2, 150, 256)], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [(9, 64), (3, 256), (2, 150, 256)], ids=["small", "few", "large"])
 def test_layers_that_train_have_linear_layers_gradients(
     shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against float64; products from 2^24 multiplications on are oneDNN's. A layer stays a linear one to everybody."""
+    """Against float64; products with 2^16 weights and more are oneDNN's. A layer stays a linear one to everybody."""
     monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
     torch.manual_seed(0)
     exact = nn.Linear(shape[-1], 300, bias=bias).double()
@@ -124,8 +124,18 @@ def test_layers_that_train_have_linear_layers_gradients(
         found.append((out, rows.grad, *(p.grad for p in made.parameters())))
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-4)
-    large = math.prod(shape) * 300 >= products.LARGE
-    assert large == (len(shape) > 2)
+    assert (shape[-1] * 300 >= products.LARGE) == (shape[-1] == 256)
+
+
+@cpu
+@pytest.mark.parametrize("width", [64, 256], ids=["small", "large"])
+def test_the_bits_of_a_row_do_not_tell_its_companions(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_mkl_is_slow", lambda: True)
+    torch.manual_seed(0)
+    weight, rows = torch.randn(300, width), torch.randn(900, width)
+    together = products.product(rows, weight)
+    for count in (8, 33, 500):
+        assert torch.equal(products.product(rows[:count], weight), together[:count])
 
 
 @cpu

@@ -4,22 +4,27 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from spin_reg import durable, iterates, sampling, tables, vllm_engine
 from spin_reg.context import Context
 from spin_reg.fingerprint import seed_of
 from spin_reg.generation import Backend
+from spin_reg.packing import Group, cut, lengths
 from spin_reg.sampling import Answer
+from spin_reg.scorer import Scorer
 from spin_reg.settings import Dtype, Precision
 from spin_reg.specs import GenerateSpec, Split
 from spin_reg.tables import Row, Rows
 
 SHARD = 256  # rows; what a kill costs at most, and the border that no batch crosses
 ENGINE = "engine.json"  # which program drew, where it was not this one
+FEW = 32  # tokens of an answer up to which its log-probs are scored anew
 Draw = Callable[[Sequence[Row], Callable[[int], None]], Sequence[Answer]]  # (prompts, told how many are ready)
 
 
@@ -74,7 +79,7 @@ def by_transformers(
     def draw(some: Sequence[Row], ready: Callable[[int], None]) -> list[Answer]:
         names = [row["example_id"] for row in some]
         points = [sampling.uniforms(spec.seed, spec.round, name, spec.split, spec.max_new_tokens) for name in names]
-        return sampling.sample(
+        answers = sampling.sample(
             model,
             [row["prompt_ids"] for row in some],
             torch.stack(points),
@@ -86,9 +91,31 @@ def by_transformers(
             poll=context.poll,
             ended=ready,
         )
+        return _few_anew(model, spec, some, answers) if spec.scored else answers
 
     with accelerator.autocast():  # around all of it, so that weights are cast once
         yield draw, loaded.tokenizer
+
+
+@torch.no_grad()  # not inference mode, in which autocast keeps no cast weight
+def _few_anew(
+    model: PreTrainedModel, spec: GenerateSpec, rows: Sequence[Row], answers: Sequence[Answer]
+) -> list[Answer]:
+    """The answers, with the scorer's log-probs of those with few tokens.
+
+    Drawing rounds otherwise than scoring and training, in float32 by some 1e-5 nats a token. Over many tokens that
+    averages out.
+    """
+    made, scorer = list(answers), Scorer(model)
+    few = [i for i, answer in enumerate(answers) if len(answer.ids) <= FEW]
+    groups = [Group(rows[i]["prompt_ids"], (answers[i].ids,)) for i in few]
+    slots = [group.slots for group in groups]
+    for picked in cut(slots, tokens=spec.hardware.batch_tokens, most=spec.hardware.score_batch_size):
+        some = [groups[n] for n in picked]
+        logprobs = scorer(some).double().split(lengths(some))
+        for n, values in zip(picked, logprobs, strict=True):
+            made[few[n]] = replace(made[few[n]], logprobs=values.tolist())
+    return made
 
 
 @contextmanager

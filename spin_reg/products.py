@@ -41,6 +41,8 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows W' + bias, as `linear`, up to rounding; without gradients. rows: (..., in). weight: (out, in)."""
     fits32 = rows.device.type == "cpu" and rows.dtype == weight.dtype == torch.float32
     if fits32 and not _plainly and weight.numel() >= LARGE and _mkl_is_slow():
+        if rows.numel() == rows.shape[-1]:  # one row has a kernel of its own, which rounds otherwise
+            return product(rows.flatten().expand(2, -1), weight, bias)[0].view(*rows.shape[:-1], -1)
         made: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         return made
     return linear(rows, weight, bias)

@@ -40,6 +40,7 @@ def test_two_iterations_and_the_other_road(
     first = [r for r in read_jsonl(root / "metrics.jsonl") if r.get("step") == 1 and "train/loss" in r]
     assert first[0]["train/loss"] == pytest.approx(0.6931, abs=1e-3)
     assert (root / "data" / f"{Split.heldout}.parquet").exists()
+    assert "each is read by itself" not in (root / "run.log").read_text()
     monkeypatch.setattr(sys, "argv", ["verify.py", str(root), "--rows", "4"])
     runpy.run_path(str(ROOT / "scripts" / "verify.py"), run_name="__main__")
     assert capsys.readouterr().out.count("reference off") == 2
@@ -82,3 +83,23 @@ def test_ten_iterates_of_an_adapter_take_little_disk(model: Path, command: Comma
     run, base = (sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) for folder in (tmp_path, model))
     assert run + base < 1.3 * base, run / base
     print(f"ten iterates: {run / base:.3f} of the base")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_answers_are_packed_and_in_float32_no_bit_tells_what_is_read_with_them(model: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from spin_reg import products
+    from spin_reg.packing import Group
+    from spin_reg.scorer import Scorer
+
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    products.quick(policy)
+    scorer = Scorer(policy)
+    assert scorer.packs
+    if dtype == "float32":
+        groups = [Group(range(10, 30 + 7 * n), (range(100, 101 + n), range(200, 211 + 9 * n))) for n in range(8)]
+        with torch.no_grad():
+            alone = torch.cat([scorer([Group(g.prompt, (answer,))]) for g in groups for answer in g.answers])
+            assert torch.equal(scorer(groups), alone)

@@ -18,13 +18,13 @@ from spin_reg.generation import Backend
 from spin_reg.packing import Group, cut, lengths
 from spin_reg.sampling import Answer
 from spin_reg.scorer import Scorer
-from spin_reg.settings import Dtype, Precision
+from spin_reg.settings import Dtype, Hardware, Precision
 from spin_reg.specs import GenerateSpec, Split
 from spin_reg.tables import Row, Rows
 
 SHARD = 256  # rows; what a kill costs at most, and the border that no batch crosses
 ENGINE = "engine.json"  # which program drew, where it was not this one
-FEW = 32  # tokens of an answer up to which its log-probs are scored anew
+SHORT = 32  # tokens of an answer up to which its log-probs are the scorer's, not those it was drawn with
 Draw = Callable[[Sequence[Row], Callable[[int], None]], Sequence[Answer]]  # (prompts, told how many are ready)
 
 
@@ -75,6 +75,7 @@ def by_transformers(
     accelerator = iterates.accelerator(spec.hardware)
     loaded = iterates.load(inputs["model"], spec.policy)
     model = loaded.model.to(accelerator.device)
+    scorer = Scorer(model).eval() if spec.scored else None
 
     def draw(some: Sequence[Row], ready: Callable[[int], None]) -> list[Answer]:
         names = [row["example_id"] for row in some]
@@ -91,30 +92,29 @@ def by_transformers(
             poll=context.poll,
             ended=ready,
         )
-        return _few_anew(model, spec, some, answers) if spec.scored else answers
+        return answers if scorer is None else _short_scored(scorer, spec.hardware, some, answers, context.poll)
 
     with accelerator.autocast():  # around all of it, so that weights are cast once
         yield draw, loaded.tokenizer
 
 
 @torch.no_grad()  # not inference mode, in which autocast keeps no cast weight
-def _few_anew(
-    model: PreTrainedModel, spec: GenerateSpec, rows: Sequence[Row], answers: Sequence[Answer]
+def _short_scored(
+    scorer: Scorer, hardware: Hardware, rows: Sequence[Row], answers: Sequence[Answer], poll: Callable[[], None]
 ) -> list[Answer]:
-    """The answers, with the scorer's log-probs of those with few tokens.
+    """The answers, with the scorer's log-probs of the short ones.
 
-    Drawing rounds otherwise than scoring and training, in float32 by some 1e-5 nats a token. Over many tokens that
+    Drawing rounds otherwise than scoring and training, in float32 by some 1e-5 nats a token; over many tokens that
     averages out.
     """
-    made, scorer = list(answers), Scorer(model)
-    few = [i for i, answer in enumerate(answers) if len(answer.ids) <= FEW]
-    groups = [Group(rows[i]["prompt_ids"], (answers[i].ids,)) for i in few]
+    made, short = list(answers), [i for i, answer in enumerate(answers) if len(answer.ids) <= SHORT]
+    groups = [Group(rows[i]["prompt_ids"], (answers[i].ids,)) for i in short]
     slots = [group.slots for group in groups]
-    for picked in cut(slots, tokens=spec.hardware.batch_tokens, most=spec.hardware.score_batch_size):
+    for picked in cut(slots, tokens=hardware.batch_tokens, most=hardware.score_batch_size):
+        poll()
         some = [groups[n] for n in picked]
-        logprobs = scorer(some).double().split(lengths(some))
-        for n, values in zip(picked, logprobs, strict=True):
-            made[few[n]] = replace(made[few[n]], logprobs=values.tolist())
+        for n, values in zip(picked, scorer(some).split(lengths(some)), strict=True):
+            made[short[n]] = replace(made[short[n]], logprobs=values.tolist())
     return made
 
 

@@ -1,13 +1,19 @@
 """Draws: their law is the policy's, and depends on nothing but the example."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL, Command
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spin_reg import sampling
 from spin_reg.logprobs import collate, token_logprobs
+from spin_reg.stages import generate
 
 END = 5
 
@@ -173,3 +179,20 @@ def test_draws_are_keyed_by_every_part() -> None:
     assert torch.equal(base, sampling.uniforms(0, 1, "a", "train", 9)[:5])
     for other in ((1, 1, "a", "train"), (0, 2, "a", "train"), (0, 1, "b", "train"), (0, 1, "a", "heldout")):
         assert not torch.equal(base, sampling.uniforms(*other, 5))
+
+
+def test_only_short_answers_are_scored_anew(
+    command: Command, train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sampler whose log-probs are off goes unseen where all answers are short, and stops the run where none is."""
+    drawn = sampling.sample
+
+    def off(*args: Any, **kwargs: Any) -> list[sampling.Answer]:
+        return [replace(answer, logprobs=[x + 1 for x in answer.logprobs]) for answer in drawn(*args, **kwargs)]
+
+    monkeypatch.setattr(sampling, "sample", off)
+    words = ["regularizer=none", "schedule.iterations=1"]
+    root = train(*words)
+    monkeypatch.setattr(generate, "SHORT", 0)
+    result = command("train", *SMALL, f"outputs={root.parent}2", "run_name=run", *words)
+    assert result.code == 1 and "does not give the stored log-probs" in result.err

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from spin_reg import durable, iterates, sampling, tables, vllm_engine
 from spin_reg.context import Context

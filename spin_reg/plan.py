@@ -1,6 +1,6 @@
 """The plan: a pure function from settings to the list of stages, each after what it needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 from spin_reg import judges, opponents, policies
 from spin_reg.config import Config
@@ -60,15 +60,20 @@ class _Builder:
         self.policy = policies.policy(config)
         self.stages: dict[str, Stage] = {}
         self.scores: dict[tuple[int, str], Stage] = {}  # what is read together, by iterate and what is scored
+        self.opponents: dict[int, Opponent] = {}
 
     def _add(self, name: str, spec: Spec, needs: Mapping[str, Stage], folder: str | None = None) -> Stage:
         return self.stages.setdefault(name, Stage(name, folder or name, spec, needs))
 
     def _opponent(self, t: int) -> Opponent:
-        assert self.config.regularizer is not None
-        return self.config.regularizer.opponent(t)
+        if t not in self.opponents:
+            assert self.config.regularizer is not None
+            self.opponents[t] = self.config.regularizer.opponent(t)
+        return self.opponents[t]
 
     def data(self) -> Stage:
+        if "data" in self.stages:
+            return self.stages["data"]
         c, s = self.config, self.sources
         return self._add("data", PrepareSpec(c.model, s.tokenizer, c.dataset, s.data), {})
 
@@ -148,6 +153,8 @@ class _Builder:
         longest = most or policies.longest(c)
         name = f"iterate-{k:02d}/answers/{split}" + (f"-{round_:02d}" if split is Split.train else "")
         name += policies.drawn_otherwise(c, sampling, longest)
+        if name in self.stages:
+            return self.stages[name]
         if (k, split, round_) == (0, Split.train, 0) and published(c.dataset):
             return self._add(name, PublishedSpec(k, split, longest, c.model), {"data": self.data()})
         spec = GenerateSpec(
@@ -302,18 +309,27 @@ class _Builder:
         found = []
         for i, j in [(k, j) for j in range(k + 1) if k > 0] + [(i, k) for i in range(1, k)]:
             reference = self._opponent(i - 1).reference
-            scorers = opponents.scorers(reference, j)
-            if not scorers <= opponents.support(reference):  # it has no value for answers from outside its window
+            support, scorers = opponents.support(reference), opponents.scorers(reference, j)
+            if not scorers <= support:  # it has no value for answers from outside its window
                 continue
-            before = dict(self.stages)
-            answers = self.heldout_answers(j)
-            more = {"data": self.data(), answers_role(j): answers}
-            for scorer in sorted({i} | opponents.support(reference)):
-                more[real_role(scorer)] = self.real(scorer, Split.heldout)
-            for scorer in sorted({i} | scorers):
-                more[generated_role(scorer, j)] = self.generated(scorer, answers)
-            if self.config.evaluation.crossplay or len(self.stages) == len(before):
-                found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
+            there, more = len(self.stages), {}
+            for role, stage in self._entry(i, j, support, scorers):
+                more[role] = stage
+                if len(self.stages) > there and not self.config.evaluation.crossplay:
+                    break  # a table that is not there: the rest need not be looked at
             else:
-                self.stages = before
+                found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
+                continue
+            while len(self.stages) > there:
+                self.stages.popitem()
         return found
+
+    def _entry(self, i: int, j: int, support: Set[int], scorers: Set[int]) -> Iterator[tuple[str, Stage]]:
+        """What iterate i's game against iterate j's held-out answers is worked out from, table by table."""
+        answers = self.heldout_answers(j)
+        yield "data", self.data()
+        yield answers_role(j), answers
+        for scorer in sorted({i} | scorers):
+            yield generated_role(scorer, j), self.generated(scorer, answers)
+        for scorer in sorted({i} | support):
+            yield real_role(scorer), self.real(scorer, Split.heldout)

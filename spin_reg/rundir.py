@@ -231,8 +231,10 @@ def lock(outputs: Path, stage: Stage) -> Path:
 
 def elsewhere(outputs: Path, stage: Stage, inputs: Mapping[str, str | None]) -> list[Path]:
     """Other runs' folders of this stage, made from the same inputs; sizes are looked at, contents are not."""
-    entries = sorted((outputs / STAGES).glob(f"{stage.fingerprint}-*"))
-    lines = [path.read_text(encoding="utf-8", errors="replace") for path in entries if not path.name.endswith(".tmp")]
+    folder, first = outputs / STAGES, f"{stage.fingerprint}-"
+    there = os.listdir(folder) if folder.is_dir() else []  # a pattern of its own for each stage is slow to compile
+    names = sorted(name for name in there if name.startswith(first) and not name.endswith(".tmp"))
+    lines = [(folder / name).read_text(encoding="utf-8", errors="replace") for name in names]
     return [outputs / line for line in lines if _inside(line) and _usable(outputs / line, stage, inputs)]
 
 

@@ -62,8 +62,8 @@ def unneeded(
     Args:
         pending: the stages still to be made. future: names of those that one more iteration would need.
     """
-    models = [stage for stage in stages if isinstance(stage.spec, SftSpec | TrainSpec)]
-    if keep is KeepIterates.all or not models:
+    models = [] if keep is KeepIterates.all else [s for s in stages if isinstance(s.spec, SftSpec | TrainSpec)]
+    if not models:
         return []
     wanted = {models[-1].name} | {stage.name for stage in pending}
     wanted |= {need.name for stage in pending for need in stage.needs.values()}
@@ -72,7 +72,9 @@ def unneeded(
 
 
 def future(config: Config, sources: Sources) -> frozenset[str]:
-    """Names of the stages of this plan that one more iteration would need."""
+    """Names of the stages of this plan that one more iteration would need; empty where nothing is kept for one."""
+    if config.keep_iterates is not KeepIterates.needed:
+        return frozenset()
     longer = replace(config, schedule=replace(config.schedule, iterations=config.schedule.iterations + 1))
     now = {stage.name for stage in plan(config, sources)}
     new = [stage for stage in plan(longer, sources) if stage.name not in now]
@@ -97,7 +99,7 @@ def need(
     weights = sizes.trained_parameters(model) * (4 if adapter else BYTES[model.dtype])
     held, peak, iterates, checkpoints, tables = 0, 0, 0, 0, 0
     gone: set[str] = set()
-    for stage in todo:
+    for place, stage in enumerate(todo):
         size, spec = SMALL, stage.spec
         scratch = 0
         if isinstance(spec, SftSpec | TrainSpec):
@@ -112,8 +114,7 @@ def need(
         checkpoints = max(checkpoints, scratch if isinstance(spec, SftSpec | TrainSpec) else 0)
         peak = max(peak, held + size + scratch)
         held += size
-        pending = todo[todo.index(stage) + 1 :]
-        for useless in unneeded(stages, pending, keep, future):
+        for useless in unneeded(stages, todo[place + 1 :], keep, future):
             if useless.name not in gone and useless in todo:
                 gone.add(useless.name)
                 held -= weights

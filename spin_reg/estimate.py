@@ -1,16 +1,16 @@
 """What the stages still to be made may take: tokens to draw, to score and to train on, and memory."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from spin_reg import sizes
+from spin_reg import sizes, vllm_engine
 from spin_reg.corpora import Dataset
+from spin_reg.generation import Backend
 from spin_reg.pace import Piece
 from spin_reg.plan import Stage
 from spin_reg.roles import answers_role
-from spin_reg.settings import Dtype, Hardware, Lora, Model, Optimizer, Precision, Pretrained, Quantize, Sharding
+from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize, Sharding
 from spin_reg.space import BYTES, SLOTS, human
 from spin_reg.specs import (
     BenchmarkSpec,
@@ -60,6 +60,8 @@ class Held:
     activations: int
     logits: int
     cache: int
+    kernels: int
+    mapped: int
     libraries: int
 
     @property
@@ -70,10 +72,14 @@ class Held:
 
 @dataclass(frozen=True)
 class Memory:
-    """By kind of stage, what the heaviest of those still to be made may hold; so many `processes` hold as much each."""
+    """By kind of stage, what the heaviest of those still to be made may hold; so many `processes` hold as much each.
+
+    `vllm`: whether answers are drawn by vLLM, whose memory is nothing that we reckon.
+    """
 
     by_kind: Mapping[str, Held]
     processes: int = 1
+    vllm: bool = False
 
     @property
     def most(self) -> int:
@@ -83,7 +89,7 @@ class Memory:
     def words(self, room: int, help: str | None = None) -> str:
         """For people; `room`: bytes of memory that the machine has. `help`: as `helps` found it."""
         if not self.by_kind:
-            return "nothing left to load"
+            return _of_vllm() if self.vllm else "nothing left to load"
         listed = ", ".join(f"{kind} {human(held.total)}" for kind, held in self.by_kind.items())
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         text = f"about {listed}{each} (an estimate); {human(room)} of RAM here"
@@ -91,7 +97,13 @@ class Memory:
             over = [kind for kind, held in self.by_kind.items() if self.processes * held.total > room]
             text += f". It will not fit ({', '.join(over)}): "
             text += help or "no single setting of ours helps enough; combine them, or take another machine"
-        return text
+        return f"{text}; {_of_vllm()}" if self.vllm else text
+
+
+def _of_vllm() -> str:
+    """What can be said of a program whose memory is not ours to reckon."""
+    room = os.environ.get("VLLM_CPU_KVCACHE_SPACE", vllm_engine.ROOM["VLLM_CPU_KVCACHE_SPACE"])
+    return f"beside it vLLM, not reckoned: the weights, {room} GiB of cache on a CPU, its own share of a GPU"
 
 
 def count(number: float) -> str:
@@ -184,7 +196,7 @@ def _longest(stage: Stage) -> int:
     return data.max_prompt_tokens + data.max_response_tokens
 
 
-def memory(todo: Sequence[Stage], model: Model) -> Memory:
+def memory(todo: Sequence[Stage], model: Model, rows: Mapping[Split, int] | None = None) -> Memory:
     """The memory of the heaviest stage of each kind, every row at its limits.
 
     With P weights of b bytes, T of them trained, N tokens read at once (R of them in answers), B rows of L tokens that
@@ -202,29 +214,41 @@ def memory(todo: Sequence[Stage], model: Model) -> Memory:
                     16 max(C, R V)       divergence: of both models
                     4 min(K, R V) + 12 min(C, R V)   train, sft
         cache       B L l 2 c a          generate
+        kernels     of products, as many as `processes.bound` allows
+        mapped      the file of the weights, where they have another dtype there: while it is read all of it counts as
+                    resident, but what comes after takes its place
         libraries   Python, torch and transformers as imported
 
     With gradient checkpointing a layer keeps h and one layer is made again at a time. `sharding=full` divides the
     parameters, gradients and optimizer of training by the processes. Coarse: what kernels need for themselves,
     attention without flash and fragments that the allocator keeps are not counted; rows are mostly shorter.
+
+    Args:
+        rows: how many examples each split has, or may have, so that none is counted that is not there.
     """
     widths = sizes.shape(model)
     heavy = [stage for stage in todo if isinstance(stage.spec, Heavy)]
-    if widths is None or not heavy:
-        return Memory({})
+    ours = [stage for stage in heavy if not _by_vllm(stage)]
+    if widths is None or not ours:
+        return Memory({}, vllm=len(ours) < len(heavy))
     found: dict[str, Held] = {}
-    for stage in heavy:
-        held = _held(stage, widths, model)
+    for stage in ours:
+        held = _held(stage, widths, model, rows or {})
         if stage.kind not in found or held.total > found[stage.kind].total:
             found[stage.kind] = held
     hardware = [stage.spec.hardware for stage in heavy if isinstance(stage.spec, Heavy)]
-    return Memory(found, max(one.processes for one in hardware))
+    return Memory(found, max(one.processes for one in hardware), vllm=len(ours) < len(heavy))
+
+
+def _by_vllm(stage: Stage) -> bool:
+    return isinstance(stage.spec, GenerateSpec) and stage.spec.generation.backend is Backend.vllm
 
 
 LIBRARIES = 500_000_000  # bytes: Python, torch and transformers as imported
+KERNEL = 2**19  # bytes: code and plan of a product
 
 
-def _held(stage: Stage, widths: sizes.Shape, model: Model) -> Held:
+def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, int]) -> Held:
     spec = stage.spec
     assert isinstance(spec, Heavy)
     trains = isinstance(spec, SftSpec | TrainSpec)
@@ -232,22 +256,28 @@ def _held(stage: Stage, widths: sizes.Shape, model: Model) -> Held:
     quantized = QUANTIZED[model.lora.quantize] if isinstance(model, Pretrained) else None
     cast = spec.hardware.precision is Precision.bf16 and model.dtype is Dtype.float32
     copy = 0 if quantized or not (cast or isinstance(spec, GenerateSpec)) else 2 if cast else BYTES[model.dtype]
-    parameters = weights * ((quantized or BYTES[model.dtype]) * (1 + isinstance(spec, DivergenceSpec)) + copy)
+    plain = weights * (quantized or BYTES[model.dtype]) * (1 + isinstance(spec, DivergenceSpec))
     optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
     share = spec.hardware.processes if trains and spec.hardware.sharding is Sharding.full else 1
-    activations, logits, cache = _working(stage, spec, widths, model)
-    return Held(
-        parameters=round(parameters / share),
+    activations, logits, cache = _working(stage, spec, widths, model, rows)
+    held = Held(
+        parameters=round((plain + weights * copy) / share),
         gradients=4 * trained // share,
         optimizer=4 * SLOTS[optimizer] * trained // share,
         activations=activations,
         logits=logits,
         cache=cache,
+        kernels=KERNEL * sizes.KERNELS,
+        mapped=0,
         libraries=LIBRARIES,
     )
+    later = held.total - LIBRARIES - round(plain / share)
+    return replace(held, mapped=max(0, sizes.cast_from(model, BYTES[model.dtype]) - later))
 
 
-def _working(stage: Stage, spec: Heavy, widths: sizes.Shape, model: Model) -> tuple[int, int, int]:
+def _working(
+    stage: Stage, spec: Heavy, widths: sizes.Shape, model: Model, rows: Mapping[Split, int]
+) -> tuple[int, int, int]:
     """Bytes of activations, logits and cache."""
     hardware: Hardware = spec.hardware
     data = _dataset(stage)
@@ -255,70 +285,31 @@ def _working(stage: Stage, spec: Heavy, widths: sizes.Shape, model: Model) -> tu
     longest, response = _longest(stage), data.max_response_tokens
     layer = 8 * widths.hidden + 4 * widths.inner + 2 * widths.cached
     if isinstance(spec, GenerateSpec):
-        rows, length = spec.generation.batch_size, data.max_prompt_tokens + spec.max_new_tokens
-        return 0, 12 * rows * widths.vocabulary, a * rows * length * widths.layers * 2 * widths.cached
+        drawn = _fewest(spec.generation.batch_size, hardware.shard_size, rows.get(spec.split)) or 1
+        length = data.max_prompt_tokens + spec.max_new_tokens
+        return 0, 12 * drawn * widths.vocabulary, a * drawn * length * widths.layers * 2 * widths.cached
     if isinstance(spec, ScoreSpec):
         answers = spec.most * response
-        tokens = _at_once(hardware.batch_tokens, longest - response + answers, hardware.score_batch_size)
+        most = _fewest(hardware.score_batch_size, spec.first, rows.get(spec.split))
+        tokens = _at_once(hardware.batch_tokens, longest - response + answers, most)
         logits = tokens * answers // (longest - response + answers) * widths.vocabulary
         return a * tokens * layer, 8 * min(logits, sizes.LOGITS_AT_ONCE), 0
     if isinstance(spec, DivergenceSpec):  # all logits of a batch of both models; a batch is small, or one answer
         tokens = max(longest, min(hardware.batch_tokens, sizes.LOGITS_AT_ONCE // widths.vocabulary))
         return a * tokens * layer, 16 * max(sizes.LOGITS_AT_ONCE, response * widths.vocabulary), 0
     pair = longest + response if isinstance(spec, TrainSpec) and spec.loss.plays else longest
-    tokens = _at_once(hardware.batch_tokens, pair, hardware.micro_batch_size)
+    step = spec.batch_size if isinstance(spec, TrainSpec) else spec.sft.batch_size
+    tokens = _at_once(hardware.batch_tokens, pair, _fewest(hardware.micro_batch_size, step))
     logits = tokens * (pair - data.max_prompt_tokens) // pair * widths.vocabulary
     kept = widths.layers * widths.hidden + layer if hardware.gradient_checkpointing else widths.layers * layer
     return a * tokens * kept, 4 * min(logits, sizes.LOGITS_KEPT) + 12 * min(logits, sizes.LOGITS_AT_ONCE), 0
 
 
-def helps(todo: Sequence[Stage], model: Model, room: int) -> str | None:
-    """The first setting that makes the estimate fit, with what would then be held; None where it fits, or none does."""
-    now = memory(todo, model)
-    if now.most <= room:
-        return None
-    for word, stages, other in _remedies(todo, model):
-        then = memory(stages, other)
-        if then.most <= room:
-            return f"{word} would make it {human(then.most)} in place of {human(now.most)}"
-    return None
-
-
-def _remedies(todo: Sequence[Stage], model: Model) -> Iterator[tuple[str, list[Stage], Model]]:
-    """One setting changed at a time: as words, and the stages and the model as they are then."""
-    heavy = [stage for stage in todo if isinstance(stage.spec, Heavy)]
-    specs = [stage.spec for stage in heavy if isinstance(stage.spec, Heavy)]
-    if not all(spec.hardware.gradient_checkpointing for spec in specs):
-        yield "hardware.gradient_checkpointing=true", _with(heavy, gradient_checkpointing=True), model
-    for tokens in _halves(max(spec.hardware.batch_tokens for spec in specs)):
-        yield f"hardware.batch_tokens={tokens}", _with(heavy, batch_tokens=tokens), model
-    for size in _halves(max((s.generation.batch_size for s in specs if isinstance(s, GenerateSpec)), default=1)):
-        yield f"generation.batch_size={size}", [_drawing(stage, size) for stage in heavy], model
-    if isinstance(model, Pretrained) and model.lora.rank == 0:
-        yield "model.lora.rank=16", heavy, replace(model, lora=Lora(rank=16))
-    if any(spec.hardware.processes > 1 and spec.hardware.sharding is Sharding.none for spec in specs):
-        yield "hardware.sharding=full", _with(heavy, sharding=Sharding.full), model
-
-
-def _halves(number: int) -> list[int]:
-    return [number >> n for n in range(1, number.bit_length())]
-
-
-def _with(stages: Sequence[Stage], **changed: Any) -> list[Stage]:
-    found = []
-    for stage in stages:
-        assert isinstance(stage.spec, Heavy)
-        found.append(replace(stage, spec=replace(stage.spec, hardware=replace(stage.spec.hardware, **changed))))
-    return found
-
-
-def _drawing(stage: Stage, size: int) -> Stage:
-    if not isinstance(stage.spec, GenerateSpec):
-        return stage
-    return replace(stage, spec=replace(stage.spec, generation=replace(stage.spec.generation, batch_size=size)))
+def _fewest(*limits: int | None) -> int | None:
+    """The least of those that are known."""
+    return min((limit for limit in limits if limit), default=None)
 
 
 def _at_once(tokens: int, longest: int, most: int | None) -> int:
-    """Tokens that a model reads at once: as many rows as the budget holds, or one row that is longer."""
-    rows = max(1, tokens // longest)
-    return longest * (rows if most is None else min(rows, most))
+    """Tokens that a model reads at once: as many as the budget holds or the rows have, or one row that is longer."""
+    return max(longest, tokens if most is None else min(tokens, most * longest))

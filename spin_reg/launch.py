@@ -25,6 +25,7 @@ from spin_reg import (
     origins,
     pace,
     processes,
+    remedies,
     results,
     rundir,
     runlog,
@@ -168,10 +169,9 @@ def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Nee
 
 def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, str | None, judges.Cost]:
     """Of the stages still to be made: tokens, memory, what makes that fit where it does not, what a judge is asked."""
-    todo, asked = _todo(planned), planned.sources.mt_bench
-    work, memory = estimate.work(todo, _counts(planned)), estimate.memory(todo, planned.config.model)
-    helps = estimate.helps(todo, planned.config.model, estimate.room())
-    return work, memory, helps, judges.expected(todo, asked, planned.root)
+    todo, rows, model = _todo(planned), _counts(planned), planned.config.model
+    memory, helps = estimate.memory(todo, model, rows), remedies.helps(todo, model, estimate.room(), rows)
+    return estimate.work(todo, rows), memory, helps, judges.expected(todo, planned.sources.mt_bench, planned.root)
 
 
 def time_left(planned: Planned) -> pace.Left:
@@ -273,7 +273,7 @@ def _check_results(planned: Planned) -> None:
 
 def environment(settings: Config) -> None:
     """Pin what bits depend on, and quiet the libraries, before torch is imported."""
-    for name, value in QUIET.items():
+    for name, value in (QUIET | processes.bound()).items():
         os.environ.setdefault(name, value)
     from spin_reg import models
 

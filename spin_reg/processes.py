@@ -16,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from spin_reg import child, errors, jobs, launched, runner, stopping, usage, wire
+from spin_reg import child, errors, jobs, launched, runner, sizes, stopping, usage, wire
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.generation import Backend
@@ -132,6 +132,15 @@ def command(job: Job, path: Path) -> list[str]:
         return [sys.executable, *worker]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(job.processes)]
     return [sys.executable, *launcher, *worker]
+
+
+def bound() -> dict[str, str]:
+    """What keeps a process from growing by the product kernels of every number of tokens that it ever read.
+
+    Each takes about half a megabyte, and both oneDNN and PyTorch's layer over it keep 1024. Those of one batch, which
+    every layer uses, are fewer than `sizes.KERNELS`.
+    """
+    return {name: str(sizes.KERNELS) for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
 
 
 def environment(job: Job) -> dict[str, str]:

@@ -20,6 +20,7 @@ TINY_POSITIONS, TINY_VOCABULARY = 4096, 261  # of the model made on the spot: 25
 
 LOGITS_AT_ONCE = 2**24  # 64 MB in float32: what is made at a time to read log-probs off
 LOGITS_KEPT = 2**27  # 512 MB: what is kept for the gradient; where there is more, it is made again
+KERNELS = 64  # products of different shapes whose kernels a process keeps
 
 
 def weight_files(model: Pretrained) -> list[Path]:
@@ -51,6 +52,18 @@ def parameters(model: Model) -> int:
         return model.num_layers * (4 * h * h + 3 * h * 8 * (h // 3) + 2 * h) + 2 * v * h + h
     assert isinstance(model, Pretrained)
     return sum(math.prod(shape) for shape in shapes(model).values())
+
+
+def cast_from(model: Model, width: int) -> int:
+    """Bytes of the files that weights of so many bytes are read from, if they have others there; else 0."""
+    if not isinstance(model, Pretrained) or model.gguf_file is not None:
+        return 0
+    folder = sources.model_folder(model, weights=False)
+    stored = sum(
+        path.stat().st_size if path.exists() else hub.size(model, folder.name, path.name)
+        for path in weight_files(model)
+    )
+    return 0 if 0.75 < stored / (width * parameters(model)) < 1.5 else stored
 
 
 def shapes(model: Pretrained) -> dict[str, list[int]]:

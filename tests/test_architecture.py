@@ -116,6 +116,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "launch",
             "space",
             "estimate",
+            "remedies",
         }
         | {"named", "runlog", "results", "tracking", "groups"},
         {"filelock", "wandb", "accelerate", "torch"},

@@ -1,6 +1,9 @@
 """What `plan` says a run may take, against brute force; and the presets that people begin with."""
 
+import os
 import re
+import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_reg import config, estimate, models, overrides, sizes, space
+from spin_reg import config, estimate, launch, models, overrides, processes, remedies, sizes, space
 from spin_reg.plan import Sources, plan
 from spin_reg.schedules import at
 from spin_reg.settings import Pretrained, Tiny
@@ -141,28 +144,82 @@ def test_the_setting_that_is_named_makes_the_estimate_fit(name: str, base: Path)
 
     before = estimate.memory(*planned())
     room = before.most - 1
-    said = estimate.helps(*planned(), room)
+    said = remedies.helps(*planned(), room)
     assert said is not None and name in said
     after = estimate.memory(*planned(said.split()[0]))
     assert after.most <= room and space.human(after.most) in said and space.human(before.most) in said
-    assert estimate.helps(*planned(), before.most) is None  # it fits
-    assert estimate.helps(*planned(), 1) is None  # nothing is enough
+    assert remedies.helps(*planned(), before.most) is None  # it fits
+    assert remedies.helps(*planned(), 1) is None  # nothing is enough
     text = before.words(room, said)
     assert "will not fit" in text and said in text and "will not fit" not in before.words(before.most)
 
 
 def test_autocast_holds_cast_weights_and_sharding_a_share_of_what_is_trained(base: Path) -> None:
-    def held(*words: str) -> estimate.Held:
-        own = ["model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl", *words]
-        settings = loaded(*own)
-        stages = plan(settings, Sources(model="m", tokenizer="t", data="d"))
-        return estimate.memory(stages, settings.model).by_kind["train"]
+    train, count = partial(held, base, "train"), sizes.parameters(Pretrained(name_or_path=str(base)))
+    assert (train().parameters, train("hardware.precision=bf16").parameters) == (4 * count, 6 * count)
+    assert train("schedule.optimizer=adamw").optimizer == 2 * train("schedule.optimizer=rmsprop").optimizer == 8 * count
+    half = train("hardware.processes=2", "hardware.sharding=full")
+    assert (half.parameters, half.gradients) == (2 * count, 2 * count) and half.activations == train().activations
 
-    count = sizes.parameters(Pretrained(name_or_path=str(base)))
-    assert (held().parameters, held("hardware.precision=bf16").parameters) == (4 * count, 6 * count)
-    assert held("schedule.optimizer=adamw").optimizer == 2 * held("schedule.optimizer=rmsprop").optimizer == 8 * count
-    half = held("hardware.processes=2", "hardware.sharding=full")
-    assert (half.parameters, half.gradients) == (2 * count, 2 * count) and half.activations == held().activations
+
+def held(base: Path, kind: str, *words: str, rows: dict[Split, int] | None = None) -> estimate.Held:
+    """What a kind of stage holds over this model."""
+    settings = loaded("model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl", *words)
+    stages = plan(settings, Sources(model="m", tokenizer="t", data="d"))
+    return estimate.memory(stages, settings.model, rows).by_kind[kind]
+
+
+def test_no_row_is_counted_that_is_not_there(base: Path) -> None:
+    """Of a batch of 32 answers as many as there are prompts; of a micro-batch as many pairs as a step has."""
+    few = {Split.train: 8, Split.heldout: 4}
+    assert held(base, "generate").cache == 4 * held(base, "generate", rows=few).cache
+    assert held(base, "generate", rows=dict.fromkeys(few, 0)) == held(base, "generate")  # they are not known yet
+    wide = "hardware.batch_tokens=65536"
+    steps = [held(base, "train", wide, f"schedule.batch_size={size}").activations for size in (2, 4)]
+    assert steps[1] == 2 * steps[0] > 0
+    scored = [held(base, "score", wide, rows={Split.train: n, Split.heldout: n}).activations for n in (2, 4)]
+    assert scored[1] == 2 * scored[0] > 0
+
+
+def test_a_file_of_another_dtype_is_counted_while_it_is_read(base: Path) -> None:
+    """All of it is mapped then; in training, what comes after takes more than that, and its place."""
+    size, count = (base / "model.safetensors").stat().st_size, sizes.parameters(Pretrained(name_or_path=str(base)))
+    cast = sizes.cast_from(Pretrained(name_or_path=str(base)), 2)
+    assert cast == size > 4 * count and sizes.cast_from(Pretrained(name_or_path=str(base)), 4) == 0
+    assert sizes.cast_from(Tiny(), 2) == 0
+    assert held(base, "train", "model.dtype=bfloat16").mapped == held(base, "score").mapped == 0
+
+
+def test_of_vllm_it_is_said_that_it_is_not_reckoned(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    own = ["model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl"]
+    settings = loaded(*own, "generation=vllm")
+    found = estimate.memory(plan(settings, Sources(model="m", tokenizer="t", data="d")), settings.model)
+    assert "generate" not in found.by_kind and {"score", "train"} <= set(found.by_kind)
+    said = "beside it vLLM, not reckoned: the weights, 7 GiB of cache on a CPU, its own share of a GPU"
+    assert said in found.words(found.most) and said in found.words(1)
+    assert "vLLM" not in estimate.memory(
+        plan(loaded(*own), Sources(model="m", tokenizer="t", data="d")), settings.model
+    ).words(1)
+
+
+def test_kernels_of_products_are_bounded_where_nobody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before oneDNN makes its first one, here and so in the processes that make stages."""
+    one, other = processes.bound()
+    monkeypatch.setenv(one, "3")
+    monkeypatch.delenv(other, raising=False)
+    launch.environment(loaded("hardware.threads=1"))
+    assert (os.environ[one], os.environ[other]) == ("3", str(sizes.KERNELS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_stages_hold_what_was_estimated(name: str, tmp_path: Path) -> None:
+    """Each in a process of its own, on the embedded toy; 0.8 to 1.2 of what they then hold at most."""
+    script = runpy.run_path(str(ROOT / "scripts/memory.py"))
+    found = script["case"]([*script["TOY"], *script["CASES"][name]], tmp_path)
+    assert {one.kind for one in found} == {"sft", "generate", "score", "train"}
+    assert all(0.8 < one.ratio < 1.2 for one in found), found
 
 
 @pytest.mark.parametrize("preset", PRESETS)

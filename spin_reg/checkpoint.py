@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save
@@ -14,6 +14,15 @@ from spin_reg.fingerprint import file_sha256
 
 STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
 log = logging.getLogger(__name__)
+
+
+class Optimizer(Protocol):
+    """What is asked of one, torch's or another that speaks as torch's does."""
+
+    param_groups: list[dict[str, Any]]
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -28,7 +37,7 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]
     return tensors, numbers
 
 
-def write(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
+def write(folder: Path, model: nn.Module, optimizer: Optimizer, rows: list[dict[str, Any]]) -> None:
     """Publish the state after as many steps as there are metrics rows, then drop the older ones. Ranks that train
     together all call this, and the main one writes; what they have of weights laid across them is put together.
 
@@ -96,7 +105,7 @@ def refuse_nonfinite(model: nn.Module, where: str) -> None:
         check()  # all ranks have the same weights
 
 
-def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def read(folder: Path, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
     """Restore the newest state that verifies and return its metrics, a row a step; none where there is no such state.
 
     A checkpoint is a cache of work: one that does not verify is named in the log, and its steps are done again. Any
@@ -130,7 +139,7 @@ def _newest(folder: Path) -> str | None:
     return None
 
 
-def _restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore(path: Path, state: dict[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
     saved = load_file(path / MODEL)
     with torch.no_grad():
         for name, p in model.named_parameters():

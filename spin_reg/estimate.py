@@ -219,9 +219,9 @@ def memory(todo: Sequence[Stage], model: Model, rows: Mapping[Split, int] | None
                     resident, but what comes after takes its place
         libraries   Python, torch and transformers as imported
 
-    With gradient checkpointing a layer keeps h and one layer is made again at a time. `sharding=full` divides the
-    parameters, gradients and optimizer of training by the processes. Coarse: what kernels need for themselves,
-    attention without flash and fragments that the allocator keeps are not counted; rows are mostly shorter.
+    With gradient checkpointing a layer keeps h and one layer is made again at a time. `sharding` divides what it shares
+    of training's parameters, gradients and optimizer, to which ZeRO adds 4 T, by the processes. Coarse: kernels' own
+    needs, attention without flash, and fragments that the allocator keeps, are not counted; rows are mostly shorter.
 
     Args:
         rows: how many examples each split has, or may have, so that none is counted that is not there.
@@ -246,6 +246,11 @@ def _by_vllm(stage: Stage) -> bool:
 
 LIBRARIES = 500_000_000  # bytes: Python, torch and transformers as imported
 KERNEL = 2**19  # bytes: code and plan of a product
+SHARED = {
+    "parameters": {Sharding.full},
+    "gradients": {Sharding.full, Sharding.zero2},
+    "optimizer": {Sharding.full, Sharding.zero2, Sharding.zero1},
+}
 
 
 def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, int]) -> Held:
@@ -258,12 +263,14 @@ def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, 
     copy = 0 if quantized or not (cast or isinstance(spec, GenerateSpec)) else 2 if cast else BYTES[model.dtype]
     plain = weights * (quantized or BYTES[model.dtype]) * (1 + isinstance(spec, DivergenceSpec))
     optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
-    share = spec.hardware.processes if trains and spec.hardware.sharding is Sharding.full else 1
+    sharding = spec.hardware.sharding if trains else Sharding.none
+    over = {part: spec.hardware.processes if sharding in kinds else 1 for part, kinds in SHARED.items()}
+    numbers = SLOTS[optimizer] + (sharding in (Sharding.zero1, Sharding.zero2))  # a copy of the weights is in the share
     activations, logits, cache = _working(stage, spec, widths, model, rows)
     held = Held(
-        parameters=round((plain + weights * copy) / share),
-        gradients=4 * trained // share,
-        optimizer=4 * SLOTS[optimizer] * trained // share,
+        parameters=round((plain + weights * copy) / over["parameters"]),
+        gradients=4 * trained // over["gradients"],
+        optimizer=4 * numbers * trained // over["optimizer"],
         activations=activations,
         logits=logits,
         cache=cache,
@@ -271,7 +278,7 @@ def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, 
         mapped=0,
         libraries=LIBRARIES,
     )
-    later = held.total - LIBRARIES - round(plain / share)
+    later = held.total - LIBRARIES - round(plain / over["parameters"])
     return replace(held, mapped=max(0, sizes.cast_from(model, BYTES[model.dtype]) - later))
 
 

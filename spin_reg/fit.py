@@ -18,16 +18,18 @@ from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError, Stopped
 from spin_reg.fingerprint import order
 from spin_reg.scorer import Scorer
-from spin_reg.settings import LrScheduler, Optimizer
+from spin_reg.settings import LrScheduler, Optimizer, Sharding
+from spin_reg.zero import Zero
 
 Metrics = dict[str, float]
+Backward = Callable[[Tensor, bool], None]  # of a micro-batch's loss, and whether it is the step's last
 
 
 @dataclass(frozen=True)
 class FitSpec:
     """What the loop needs to know; learning_rate is the peak, before the schedule's factor.
 
-    `sharded`: weights, gradients and optimizer are laid across the ranks.
+    `sharding`: what of weights, gradients and optimizer is laid across the ranks.
     """
 
     learning_rate: float
@@ -41,7 +43,7 @@ class FitSpec:
     gradient_checkpointing: bool
     save_every: int
     iteration: int
-    sharded: bool = False
+    sharding: Sharding = Sharding.none
 
 
 @dataclass(frozen=True)
@@ -137,20 +139,20 @@ def fit(
         Stopped: a signal asked for it; every finished step is kept.
     """
     _without_dropout(model, spec.gradient_checkpointing)
-    scorer, optimizer = _prepared(model, spec, accelerator)
+    scorer, optimizer, backward = _prepared(model, spec, accelerator)
     scratch = out / durable.SCRATCH
-    state = _State(model, optimizer, scratch, checkpoint.read(scratch, model, optimizer.optimizer))
+    state = _State(model, optimizer, scratch, checkpoint.read(scratch, model, optimizer))
     for row in state.metrics:
         context.log(row)
     if not state.metrics:
         before(scorer)
-    with nullcontext() if spec.sharded else stopping.saving(state.keep_alone):
+    with nullcontext() if spec.sharding is not Sharding.none else stopping.saving(state.keep_alone):
         for step in range(len(state.metrics), len(steps)):
             rate = _set_rate(optimizer, spec, step, len(steps))
             where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
             try:
-                sums = _gradients(scorer, steps[step], task, spec, accelerator, where, context.poll)
-                norm = float(sharing.whole(accelerator.clip_grad_norm_(scorer.parameters(), spec.max_grad_norm)))
+                sums = _gradients(scorer, steps[step], task, spec, backward, where, context.poll)
+                norm = _clip(scorer, optimizer, spec)
                 _refuse_nonfinite(norm, "gradient", where, [task.name(i) for i in steps[step]])
             except (Stopped, NonFiniteError):
                 state.keep()  # the step at hand has changed nothing yet
@@ -169,13 +171,26 @@ def fit(
     return state.metrics
 
 
-def _prepared(model: PreTrainedModel, spec: FitSpec, accelerator: Accelerator) -> tuple[Scorer, Any]:
+def _prepared(
+    model: PreTrainedModel, spec: FitSpec, accelerator: Accelerator
+) -> tuple[Scorer, torch.optim.Optimizer | Zero, Backward]:
     """The scorer and the optimizer, on their device. Accelerate is not to sum gradients: see `sharing`."""
     scorer = Scorer(model.to(accelerator.device))
-    if spec.sharded:
+    if spec.sharding is Sharding.full:
         sharing.shard(scorer, model)
-    optimizer = accelerator.prepare_optimizer(_optimizer(model, spec))
-    return accelerator.prepare_model(scorer, evaluation_mode=True), optimizer
+    optimizer, scorer = _optimizer(model, spec), accelerator.prepare_model(scorer, evaluation_mode=True)
+    if spec.sharding in (Sharding.none, Sharding.full):
+        return scorer, optimizer, lambda loss, last: accelerator.backward(loss)
+    zero = Zero(scorer, optimizer, spec.sharding, spec.max_grad_norm)
+    return zero.scorer, zero, zero.backward
+
+
+def _clip(scorer: Scorer, optimizer: torch.optim.Optimizer | Zero, spec: FitSpec) -> float:
+    """Clip the gradients, at once or with the step to come; their norm before that."""
+    if isinstance(optimizer, Zero):
+        return optimizer.norm()
+    norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), spec.max_grad_norm)
+    return float(sharing.whole(norm))
 
 
 @dataclass(frozen=True)
@@ -183,7 +198,7 @@ class _State:
     """What a step changes; whenever the lock is free, weights, optimizer and metrics are those of one step's end."""
 
     model: PreTrainedModel
-    optimizer: Any
+    optimizer: torch.optim.Optimizer | Zero
     folder: Path
     metrics: list[dict[str, Any]]
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -197,7 +212,7 @@ class _State:
     def keep(self) -> None:
         with self.lock:
             if self.metrics:
-                checkpoint.write(self.folder, self.model, self.optimizer.optimizer, self.metrics)
+                checkpoint.write(self.folder, self.model, self.optimizer, self.metrics)
 
     def keep_alone(self) -> None:
         """From another thread, which cannot speak with other ranks: whole weights are kept by the main one."""
@@ -216,6 +231,8 @@ def _finish(state: _State, spec: FitSpec, steps: int, after: Callable[[], None])
     checkpoint.refuse_nonfinite(state.model, f"iteration {spec.iteration}, after the last step")
     if steps > spec.save_every:
         state.keep()  # what follows takes long where this took long
+    if isinstance(state.optimizer, Zero):
+        state.optimizer.release()
     sharing.gather(state.model)
     if ranks.is_main():
         after()
@@ -237,19 +254,19 @@ def _gradients(
     rows: Sequence[int],
     task: Task,
     spec: FitSpec,
-    accelerator: Accelerator,
+    backward: Backward,
     where: str,
     poll: Callable[[], None],
 ) -> Metrics:
     """Accumulate a step's gradients over its micro-batches, and sum them over ranks; the step's mean metrics."""
     total: Metrics = {}
-    scale, world = task.weight(rows), ranks.world()
+    scale, world, alone = task.weight(rows), ranks.world(), spec.sharding is Sharding.none
     dealt = sharing.turns(rows, task.slots, tokens=spec.batch_tokens, most=spec.micro_batch_size, world=world)
-    for micro in dealt[ranks.rank()]:
+    for turn, micro in enumerate(dealt[ranks.rank()]):
         if world == 1:
             poll()
-        idle = not micro  # where weights are sharded, others need this rank for each turn of theirs
-        summed, metrics = task.loss(scorer, micro or rows[:1]) if micro or spec.sharded else (None, {})
+        idle = not micro  # where anything is sharded, others need this rank for each turn of theirs
+        summed, metrics = (None, {}) if idle and alone else task.loss(scorer, micro or rows[:1])
         value = 0.0 if idle or summed is None else summed.item()
 
         def check(value: float = value, micro: Sequence[int] = micro) -> None:
@@ -259,11 +276,12 @@ def _gradients(
 
         sharing.agreed(check)
         if summed is not None:
-            shared = world if spec.sharded else 1  # FSDP takes the mean over ranks
-            accelerator.backward(summed * (0.0 if idle else shared / scale))
+            shared = 1 if alone else world  # FSDP and ZeRO take the mean over ranks
+            backward(summed * (0.0 if idle else shared / scale), turn + 1 == len(dealt[0]))
         for key, part in ({"loss": value} | metrics).items() if micro else ():
             total[key] = total.get(key, 0.0) + part / scale
-    sharing.add_up([p for p in scorer.parameters() if p.requires_grad])
+    if alone:
+        sharing.add_up([p for p in scorer.parameters() if p.requires_grad])
     return sharing.totals(total)
 
 

@@ -99,7 +99,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     Raises:
         ConfigError: the folder was made with other settings; the model is not to be had. DataError: nor the data.
     """
-    processes.check(settings.hardware)
+    processes.check(settings.hardware, settings.model)
     outputs = Path(settings.outputs).expanduser().resolve()
     root = outputs / config.run_name(settings)
     saved = _saved(root)

@@ -1,5 +1,6 @@
 """Models and tokenizers: the tiny one made on the spot, and pretrained ones from their folders."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ CHAT_TEMPLATE = (
 def environment(threads: int) -> None:
     """Pin the thread count, on which bits depend, and quiet the libraries."""
     torch.set_num_threads(threads)
+    if not torch.cuda.is_available():  # DeepSpeed, which Accelerate imports where it is, would say so on our output
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,14 @@ from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.generation import Backend
 from spin_reg.jobs import Job
-from spin_reg.settings import Hardware, Sharding
+from spin_reg.settings import Dtype, Hardware, Lora, Model, Pretrained, Quantize, Sharding
 from spin_reg.specs import GenerateSpec
 from spin_reg.stage import Stage
 
 HEAVY = {"sft", "generate", "score", "train", "divergence", "converse"}  # they load a model, and ranks share their rows
 SHOWN = 4  # lines
+INSTALL = "pip install spin-reg[deepspeed]"
+DEEPSPEED = (0, 19, 8), (0, 20)  # from, and up to but without: its inner workings differ from one to the next
 AGENT = re.compile(r"exitcode: (-?\d+)\) local_rank: (\d+)")  # torchrun, of the rank that ended first
 REPORT = re.compile(r"[WE]\d{4} .*torch/distributed/elastic")  # and so its report begins
 log = logging.getLogger(__name__)
@@ -41,21 +45,44 @@ def run_with(hardware: Hardware) -> Run:
     return partial(_apart, hardware=hardware) if apart else runner.run_stage
 
 
-def check(hardware: Hardware) -> None:
-    """Under a launcher the processes are there.
+def check(hardware: Hardware, model: Model | None = None) -> None:
+    """Under a launcher the processes are there, and they can share what they are to share of the model.
 
     Raises:
-        ConfigError: the settings ask for others.
+        ConfigError: the settings ask for others, or for what cannot be shared.
     """
     there = launched.world()
     if there > 1 and (hardware.isolate or hardware.processes not in (1, there)):
         wrong = "hardware.isolate=true" if hardware.isolate else f"hardware.processes={hardware.processes}"
         why = f"a launcher has started {there} processes, and they are those that work"
         raise ConfigError("A setting cannot be used.", where=wrong, why=why, todo="leave it out, or the launcher")
-    if hardware.sharding is Sharding.full and count(hardware) == 1:
-        why = "one process has nobody to share weights with"
+    if hardware.sharding is not Sharding.none and count(hardware) == 1:
         todo = "give hardware.processes=N, start the command by torchrun, or leave it out"
-        raise ConfigError("A setting cannot be used.", where="hardware.sharding=full", why=why, todo=todo)
+        raise _unshared(hardware.sharding, "one process has nobody to share with", todo)
+    if hardware.sharding in (Sharding.zero1, Sharding.zero2):
+        _check_zero(hardware.sharding, model)
+
+
+def _check_zero(sharding: Sharding, model: Model | None) -> None:
+    """DeepSpeed is there, and does with these weights what one process does."""
+    if find_spec("deepspeed") is None:
+        raise _unshared(sharding, "it needs the package deepspeed, which is not here", INSTALL)
+    found = metadata.version("deepspeed")
+    if not DEEPSPEED[0] <= tuple(int(n) for n in re.findall(r"\d+", found)[:3]) < DEEPSPEED[1]:
+        first, last = (".".join(map(str, version)) for version in DEEPSPEED)
+        why = f"DeepSpeed {found} is installed, and what is known to work is {first} or later, before {last}"
+        raise _unshared(sharding, why, INSTALL)
+    lora = model.lora if isinstance(model, Pretrained) else Lora()
+    if lora.quantize is not Quantize.none:
+        why = f"with model.lora.quantize={lora.quantize} an adapter is trained, and its optimizer is small"
+        raise _unshared(sharding, why, "leave it out")
+    if model is not None and model.dtype is not Dtype.float32 and lora.rank == 0:
+        why = f"of weights in {model.dtype} DeepSpeed trains float32 copies: not what one process does"
+        raise _unshared(sharding, why, "use hardware.sharding=full, or model.dtype=float32")
+
+
+def _unshared(sharding: Sharding, why: str, todo: str) -> ConfigError:
+    return ConfigError("A setting cannot be used.", where=f"hardware.sharding={sharding}", why=why, todo=todo)
 
 
 def count(hardware: Hardware) -> int:

@@ -56,9 +56,11 @@ class Optimizer(StrEnum):
 
 
 class Sharding(StrEnum):
-    """Whether ranks that train together have each the whole model, or one laid across them (FSDP2)."""
+    """What ranks share that train together: nothing, the optimizer (ZeRO), its gradients too, or all (FSDP2)."""
 
     none = "none"
+    zero1 = "zero1"
+    zero2 = "zero2"
     full = "full"
 
 
@@ -304,7 +306,8 @@ class Hardware:
     `micro_batch_size` pairs and `score_batch_size` answers are the most, where that is to be fewer.
     `isolate`: each stage that loads a model is a process of its own. `processes`: so many work on it together, through
     torchrun, with `threads` each. They are dealt shards of `shard_size` prompts, null: as many as the stage's kind has.
-    `sharding=full`: in training, weights, gradients and optimizer are laid across them.
+    `sharding`: in training, `full` lays weights, gradients and optimizer across them (FSDP2); `zero1` the optimizer,
+    `zero2` its gradients too (DeepSpeed).
     """
 
     precision: Precision = Precision.fp32

@@ -56,7 +56,7 @@ def totals(values: dict[str, float]) -> dict[str, float]:
 
 def add_up(parameters: Sequence[nn.Parameter]) -> None:
     """Make each gradient the sum of all ranks'; what has none anywhere keeps none."""
-    if ranks.world() == 1 or any(sharded(p) for p in parameters):
+    if ranks.world() == 1:
         return
     has = [i for i, p in enumerate(parameters) if p.grad is not None]
     waiting = []

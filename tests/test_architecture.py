@@ -77,6 +77,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "answering",
             "ranks",
             "sharing",
+            "zero",
         }
         | {"questions", "judging", "asking", "replies"},
         {
@@ -94,6 +95,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "jinja2",
             "yaml",
             "httpx2",
+            "deepspeed",
         },
     ),
     ({"stages"}, {"torch", "numpy", "pyarrow", "transformers", "accelerate", "safetensors"}),

@@ -160,6 +160,10 @@ def test_autocast_holds_cast_weights_and_sharding_a_share_of_what_is_trained(bas
     assert train("schedule.optimizer=adamw").optimizer == 2 * train("schedule.optimizer=rmsprop").optimizer == 8 * count
     half = train("hardware.processes=2", "hardware.sharding=full")
     assert (half.parameters, half.gradients) == (2 * count, 2 * count) and half.activations == train().activations
+    for stage, gradients in (("zero1", 4 * count), ("zero2", 2 * count)):
+        some = train("hardware.processes=2", f"hardware.sharding={stage}")
+        assert (some.parameters, some.gradients) == (4 * count, gradients)
+        assert some.optimizer == half.optimizer + 2 * count  # with float32 weights of its own in the share
 
 
 def held(base: Path, kind: str, *words: str, rows: dict[Split, int] | None = None) -> estimate.Held:

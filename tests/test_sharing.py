@@ -4,7 +4,10 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,16 @@ from conftest import SMALL, Command, read_jsonl
 from safetensors.torch import load_file
 from test_processes import trap  # noqa: F401
 
-from spin_reg import console, sharing
-from spin_reg.errors import NonFiniteError
+from spin_reg import console, processes, sharing
+from spin_reg.errors import ConfigError, NonFiniteError
+from spin_reg.settings import Dtype, Hardware, Lora, Pretrained, Quantize, Sharding
 
 WORDS = [*SMALL, "schedule.iterations=1", "schedule.epochs=3", "schedule.batch_size=7", "schedule.learning_rate=1e-3"]
 WORDS += ["schedule.save_every=2", "hardware.batch_tokens=48", "evaluation=none", "run_name=run"]
 MODEL = "iterate-01/model"
 STEPS = 3 * math.ceil(24 / 7)
+ZERO = pytest.mark.skipif(find_spec("deepspeed") is None, reason="the extra deepspeed is not installed")
+COARSE = (1e-5, 2e-6)  # the same under autocast in bfloat16
 LOSSES, WEIGHTS = 1e-5, 2e-6  # between numbers of processes: rounding of sums, and what AdamW and RMSprop make of it
 
 
@@ -61,9 +67,36 @@ def test_a_lone_process_has_all_of_it() -> None:
     assert p.grad.tolist() == [1, 1, 1]
 
 
-def test_one_process_has_nobody_to_share_weights_with(command: Command, tmp_path: Path) -> None:
-    result = command("train", *WORDS, f"outputs={tmp_path}", "hardware.sharding=full")
-    assert result.code == 2 and "hardware.sharding=full" in result.err and not any(tmp_path.iterdir())
+@pytest.mark.parametrize("kind", ["full", "zero1", "zero2"])
+def test_one_process_has_nobody_to_share_with(kind: str, command: Command, tmp_path: Path) -> None:
+    result = command("train", *WORDS, f"outputs={tmp_path}", f"hardware.sharding={kind}")
+    assert result.code == 2 and f"hardware.sharding={kind}" in result.err and not any(tmp_path.iterdir())
+    assert "one process" in result.err
+
+
+def test_what_zero_needs_is_told_before_anything_begins(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    result = command("train", *WORDS, f"outputs={tmp_path}", "hardware=deepspeed")
+    assert result.code == 2 and "hardware.sharding=zero2" in result.err and not any(tmp_path.iterdir())
+    assert "pip install spin-reg[deepspeed]" in result.err
+    monkeypatch.setattr(processes, "find_spec", lambda name: object())
+    two, coarse = Hardware(processes=2, sharding=Sharding.zero1), Pretrained(name_or_path="m", dtype=Dtype.bfloat16)
+    for version, fits in [("0.19.7", False), ("0.19.8", True), ("0.19.12+cu128", True), ("0.20.0", False)]:
+        monkeypatch.setattr(processes.metadata, "version", lambda name, version=version: version)
+        if fits:
+            processes.check(two, Pretrained(name_or_path="m"))
+            with pytest.raises(ConfigError, match="model.dtype=float32"):
+                processes.check(two, coarse)
+        else:
+            with pytest.raises(ConfigError, match=f"DeepSpeed {version} is installed"):
+                processes.check(two, Pretrained(name_or_path="m"))
+    monkeypatch.setattr(processes.metadata, "version", lambda name: "0.19.8")
+    processes.check(two, Pretrained(name_or_path="m", dtype=Dtype.bfloat16, lora=Lora(rank=2)))
+    processes.check(Hardware(processes=2, sharding=Sharding.full), coarse)
+    with pytest.raises(ConfigError, match="model.lora.quantize=nf4"):
+        processes.check(two, Pretrained(name_or_path="m", lora=Lora(rank=2, quantize=Quantize.nf4)))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +113,7 @@ def root(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "outputs/run"
 
 
-def near(root: Path, made: Path) -> None:
+def near(root: Path, made: Path, losses: float = LOSSES, weights: float = WEIGHTS) -> None:
     """The same steps to 1e-5, the same files, and weights as near as is said."""
     steps = [(a, b) for a, b in zip(*(read_jsonl(r / "metrics.jsonl") for r in (root, made)), strict=True)]
     assert len(steps) >= STEPS
@@ -88,7 +121,7 @@ def near(root: Path, made: Path) -> None:
         assert set(one) == set(other)
         ties = abs(other.get("train/margin", 1.0)) < 1e-5  # at the start all margins are 0, but for rounding
         for key in set(one) - ({"train/accuracy"} if ties else set()):
-            assert one[key] == pytest.approx(other[key], rel=LOSSES, abs=LOSSES), key
+            assert one[key] == pytest.approx(other[key], rel=losses, abs=losses), key
     names = {path.name for path in (made / MODEL).iterdir()}
     assert {path.name for path in (root / MODEL).iterdir()} == names
     for name in names & {"model.safetensors", "adapter_model.safetensors"}:
@@ -96,7 +129,7 @@ def near(root: Path, made: Path) -> None:
         assert list(ours) == list(theirs)
         for key in ours:
             assert ours[key].dtype == theirs[key].dtype
-            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=WEIGHTS)
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=weights)
 
 
 @pytest.mark.slow
@@ -106,8 +139,20 @@ def near(root: Path, made: Path) -> None:
         ["hardware.processes=2"],
         ["hardware.processes=2", "hardware.sharding=full"],
         ["hardware.processes=3", "hardware.sharding=full", "hardware.gradient_checkpointing=true"],
+        pytest.param(["hardware.processes=2", "hardware.sharding=zero1"], marks=ZERO),
+        pytest.param(["hardware=deepspeed"], marks=ZERO),
+        pytest.param(
+            ["hardware.processes=3", "hardware.sharding=zero1", "hardware.gradient_checkpointing=true"], marks=ZERO
+        ),
     ],
-    ids=["two", "two sharded", "three sharded, checkpointing"],
+    ids=[
+        "two",
+        "two sharded",
+        "three sharded, checkpointing",
+        "two, zero1",
+        "two, zero2",
+        "three, zero1, checkpointing",
+    ],
 )
 def test_several_processes_train_as_one_does(words: list[str], made: Path, root: Path, command: Command) -> None:
     """Steps of 7, 7, 7 and 3 pairs, so that ranks have unequal shares, and one of three at times a row or none."""
@@ -121,8 +166,9 @@ def test_several_processes_train_as_one_does(words: list[str], made: Path, root:
 
 
 @pytest.mark.slow
-def test_an_adapter_over_a_sharded_base(
-    made: Path, undisturbed: Callable[..., Path], command: Command, tmp_path: Path
+@pytest.mark.parametrize("kind", ["full", pytest.param("zero1", marks=ZERO)])
+def test_an_adapter_over_a_base_of_several_processes(
+    kind: str, made: Path, undisturbed: Callable[..., Path], command: Command, tmp_path: Path
 ) -> None:
     words = [word for word in WORDS if not word.startswith("model.")]
     words += ["model=pretrained", f"model.name_or_path={made / 'iterate-00/model'}", "model.lora.rank=2"]
@@ -130,16 +176,25 @@ def test_an_adapter_over_a_sharded_base(
     alone = undisturbed(*words)
     shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / MODEL)
-    both = ["hardware.processes=2", "hardware.sharding=full"]
+    both = ["hardware.processes=2", f"hardware.sharding={kind}"]
     result = command("train", *words, f"outputs={tmp_path}", *both)
     assert result.code == 0, result.err
     near(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize(
+    ("sharding", "other"),
+    [
+        ("none", ["hardware.processes=2", "hardware.sharding=full"]),
+        ("full", []),
+        pytest.param("zero2", [], marks=ZERO),
+        pytest.param("none", ["hardware.processes=3", "hardware.sharding=zero1"], marks=ZERO, id="none-zero1"),
+    ],
+)
 def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
     sharding: str,
+    other: list[str],
     made: Path,
     root: Path,
     command: Command,
@@ -162,6 +217,103 @@ def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
     (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
     assert 5 <= int(kept.name[-9:]) < STEPS
     trap()
-    other = ["hardware.processes=2", "hardware.sharding=full"] if sharding == "none" else []
     assert command(*words, *other).code == 0
     near(root, made)
+
+
+TRAINED = """
+import sys
+import pytest
+import torch
+from spin_reg import ranks, zero
+from spin_reg.errors import ConfigError
+from spin_reg.settings import Sharding
+
+class Part(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.seldom, self.never = (torch.nn.Parameter(torch.ones(5) * n) for n in (1, 2, 3))
+    def forward(self, x, seldom):
+        return (self.used * x).sum() + (self.seldom.square().sum() if seldom else 0.0)
+
+def steps(part, optimizer, backward, scorer, seldom):
+    for step in range(4):
+        backward(scorer(torch.arange(5.0) + step, seldom(step)), True)
+        norms.append(optimizer.norm() if part is not alone else float(sum(
+            p.grad.square().sum() for p in part.parameters() if p.grad is not None) ** 0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+
+def made(part):
+    return torch.optim.AdamW(part.parameters(), lr=0.1, weight_decay=0.5)
+
+ranks.join()
+alone, part, other = Part(), Part(), Part()
+norms = []
+optimizer = made(alone)
+steps(alone, optimizer, lambda loss, last: loss.backward(), alone, lambda step: True)
+ours = zero.Zero(part, made(part), Sharding.zero1, 1e9)
+steps(part, ours, ours.backward, ours.scorer, lambda step: True)
+for (name, one), two in zip(alone.named_parameters(), part.parameters()):
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-6, msg=name)
+kept = ours.state_dict()["state"]
+assert part.never.tolist() == [3] * 5 and (set(kept) == {0, 1} if ranks.is_main() else not kept)
+for i in kept:
+    theirs = optimizer.state_dict()["state"][i]
+    assert set(kept[i]) == set(theirs)
+    for name in theirs:
+        torch.testing.assert_close(kept[i][name], theirs[name])
+assert norms[4:] == pytest.approx(norms[:4], rel=1e-6)
+ours.backward(ours.scorer(torch.full((5,), torch.inf), True), True)
+assert ours.norm() != ours.norm()  # it is no number
+ours = zero.Zero(other, made(other), Sharding.zero2, 1e9)
+try:
+    steps(other, ours, ours.backward, ours.scorer, lambda step: step != 2)
+except ConfigError as error:
+    assert "seldom" in error.where and "used" not in error.where.partition(",")[2]
+else:
+    sys.exit("was not refused")
+"""
+
+
+@ZERO
+@pytest.mark.slow
+def test_under_zero_a_weight_without_gradient_stays_and_one_that_has_it_at_times_is_refused(tmp_path: Path) -> None:
+    """As torch's AdamW leaves it, weight decay or not; the state that is kept is the one that torch would keep."""
+    (tmp_path / "trained.py").write_text(TRAINED)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "trained.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@ZERO
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [False, True])
+def test_where_deepspeed_is_installed_the_standard_output_is_the_commands(
+    launcher: bool, root: Path, made: Path
+) -> None:
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if launcher else []
+    words = [*several, "-m", "spin_reg", "train", *WORDS, f"outputs={root.parent}"]
+    words += ["hardware.sharding=zero1"] if launcher else []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment.pop("DS_ACCELERATOR", None)
+    ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split()[0] for line in ended.stdout.splitlines()] == ["model", "metrics", "go", "report"]
+    near(root, made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", pytest.param("zero2", marks=ZERO)])
+def test_autocast_in_several_processes(
+    kind: str, undisturbed: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    """Rows are packed with others than in one process, and bfloat16 rounds them otherwise: to so much."""
+    words = [*WORDS, "hardware.precision=bf16"]
+    alone = undisturbed(*words)
+    shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / MODEL)
+    result = command("train", *words, f"outputs={tmp_path}", "hardware.processes=2", f"hardware.sharding={kind}")
+    assert result.code == 0, result.err
+    near(tmp_path / "run", alone, losses=COARSE[0], weights=COARSE[1])

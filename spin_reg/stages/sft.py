@@ -13,7 +13,7 @@ from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.models import Loaded
 from spin_reg.packing import Group, sums
 from spin_reg.scorer import Scorer
-from spin_reg.settings import Hardware, LrScheduler, Optimizer, Pretrained, Sharding
+from spin_reg.settings import Hardware, LrScheduler, Optimizer, Pretrained
 from spin_reg.specs import SftSpec, Split
 
 
@@ -59,7 +59,7 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             iteration=-1,
-            sharded=spec.hardware.sharding is Sharding.full,
+            sharding=spec.hardware.sharding,
         ),
         prefix="sft",
         accelerator=accelerator,

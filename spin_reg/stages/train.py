@@ -13,7 +13,7 @@ from spin_reg.losses import LOSSES, log_ratio_difference
 from spin_reg.packing import Group, cut, sums
 from spin_reg.roles import generated_role, real_role
 from spin_reg.scorer import Scorer
-from spin_reg.settings import LengthNorm, Loss, Sharding
+from spin_reg.settings import LengthNorm, Loss
 from spin_reg.specs import Split, TrainSpec
 from spin_reg.stages import sft
 from spin_reg.tables import Row
@@ -45,7 +45,7 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
             gradient_checkpointing=spec.hardware.gradient_checkpointing,
             save_every=spec.save_every,
             iteration=spec.t,
-            sharded=spec.hardware.sharding is Sharding.full,
+            sharding=spec.hardware.sharding,
         ),
         prefix="train",
         accelerator=accelerator,

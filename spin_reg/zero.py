@@ -5,7 +5,6 @@ FSDP2 does in `sharing`. What is kept of it, in checkpoints and iterates, is who
 """
 
 import logging
-import math
 import sys
 from contextlib import redirect_stdout
 from typing import Any
@@ -60,9 +59,8 @@ class Zero:
         self.scorer.backward(loss)
 
     def norm(self) -> float:
-        """The norm of all gradients; they are clipped in `step`. NaN where it is not finite."""
-        found = float(self.scorer.optimizer.scaled_global_norm())
-        return found if found >= 0 else math.nan
+        """The norm of all gradients, infinite where one of them is no number; they are clipped in `step`."""
+        return float(self.scorer.optimizer.scaled_global_norm())
 
     def step(self) -> None:
         """Make the step of torch's optimizer, which leaves alone a weight that no gradient has come to.

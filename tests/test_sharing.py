@@ -292,9 +292,7 @@ def test_under_zero_a_weight_without_gradient_stays_and_one_that_has_it_at_times
 @ZERO
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [False, True])
-def test_where_deepspeed_is_installed_the_standard_output_is_the_commands(
-    launcher: bool, root: Path, made: Path
-) -> None:
+def test_deepspeed_does_not_speak_on_the_standard_output(launcher: bool, root: Path, made: Path) -> None:
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if launcher else []
     words = [*several, "-m", "spin_reg", "train", *WORDS, f"outputs={root.parent}"]
     words += ["hardware.sharding=zero1"] if launcher else []
@@ -302,7 +300,7 @@ def test_where_deepspeed_is_installed_the_standard_output_is_the_commands(
     environment.pop("DS_ACCELERATOR", None)
     ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert [line.split()[0] for line in ended.stdout.splitlines()] == ["model", "metrics", "go", "report"]
+    assert ended.stdout == ""  # what is for people goes to the standard error
     near(root, made)
 
 

@@ -61,6 +61,9 @@ def check(hardware: Hardware, model: Model | None = None) -> None:
         raise _unshared(hardware.sharding, "one process has nobody to share with", todo)
     if hardware.sharding in (Sharding.zero1, Sharding.zero2):
         _check_zero(hardware.sharding, model)
+    elif hardware.sharding is Sharding.full and isinstance(model, Pretrained) and model.lora.quantize is Quantize.int8:
+        why = "the layers of model.lora.quantize=int8 do not find their weights where FSDP2 lays them"
+        raise _unshared(hardware.sharding, why, "use model.lora.quantize=nf4, or hardware.sharding=none")
 
 
 def _check_zero(sharding: Sharding, model: Model | None) -> None:

@@ -99,6 +99,17 @@ def test_what_zero_needs_is_told_before_anything_begins(
         processes.check(two, Pretrained(name_or_path="m", lora=Lora(rank=2, quantize=Quantize.nf4)))
 
 
+def test_a_base_in_8_bits_is_not_laid_across_processes() -> None:
+    full = Hardware(processes=2, sharding=Sharding.full)
+    for kind in Quantize:
+        model = Pretrained(name_or_path="m", lora=Lora(rank=2, quantize=kind))
+        if kind is Quantize.int8:
+            with pytest.raises(ConfigError, match="model.lora.quantize=int8"):
+                processes.check(full, model)
+        else:
+            processes.check(full, model)
+
+
 @pytest.fixture(scope="module")
 def made(undisturbed: Callable[..., Path]) -> Path:
     """The run, made in one process."""
@@ -166,13 +177,17 @@ def test_several_processes_train_as_one_does(words: list[str], made: Path, root:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", pytest.param("zero1", marks=ZERO)])
+@pytest.mark.parametrize(
+    ("kind", "quantize"), [("full", "none"), ("full", "nf4"), pytest.param("zero1", "none", marks=ZERO)]
+)
 def test_an_adapter_over_a_base_of_several_processes(
-    kind: str, made: Path, undisturbed: Callable[..., Path], command: Command, tmp_path: Path
+    kind: str, quantize: str, made: Path, undisturbed: Callable[..., Path], command: Command, tmp_path: Path
 ) -> None:
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
     words = [word for word in WORDS if not word.startswith("model.")]
     words += ["model=pretrained", f"model.name_or_path={made / 'iterate-00/model'}", "model.lora.rank=2"]
-    words += ["schedule.optimizer=adamw", "loss=sft", "hardware.precision=fp32"]
+    words += ["schedule.optimizer=adamw", "loss=sft", "hardware.precision=fp32", f"model.lora.quantize={quantize}"]
     alone = undisturbed(*words)
     shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / MODEL)

@@ -31,7 +31,6 @@ REFILL = 8  # prompts come in once one row in so many is free
 PREFILL = 4096  # prompt tokens that go through the model at once
 TOGETHER = 16  # rows of which attention reads the columns from the first that one of them sees
 BLOCK = 256  # probabilities that are summed before any is looked at
-AT_ONCE = 2**19  # logits that are looked at together on a CPU: 2 MB in float32, which stay in its cache
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,7 @@ def pick(logits: Tensor, points: Tensor, *, temperature: float, top_p: float) ->
     if temperature == 0:
         most, likeliest = logits.float().max(dim=-1)
         return likeliest.masked_fill(~most.isfinite(), -1), torch.zeros_like(most, dtype=torch.float64)
-    few = len(logits) if logits.device.type != "cpu" else max(1, AT_ONCE // logits.shape[1])
-    some = [slice(start, start + few) for start in range(0, len(logits), few)]
-    made = [_drawn(logits[rows], points[rows], temperature, top_p) for rows in some]
+    made = [_drawn(logits[rows], points[rows], temperature, top_p) for rows in scorer.few_at_once(logits)]
     drawn, logprobs = (torch.cat(parts) for parts in zip(*made, strict=True))
     return drawn, logprobs
 

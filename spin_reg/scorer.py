@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from spin_reg.products import Linear, plainly, product
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
 
 log = logging.getLogger(__name__)
+IN_CACHE = 2**19  # logits that are looked at together on a CPU: 2 MB in float32, which stay in its cache
 _found: dict[str, bool] = {}  # what `reads_packed` found, by architecture
 
 
@@ -86,12 +88,12 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.bias, ctx.kept = bias, [] if keeps else None
         made, normalisers = [], []
         for rows in _chunks(targets, weight):
-            logits = product(states[rows], weight, bias).float()
-            normaliser = logits.logsumexp(dim=-1)
-            made.append(logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1) - normaliser)
+            logits = product(states[rows], weight, bias)
+            normaliser = _normalisers(logits)
+            made.append(logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1).float() - normaliser)
             normalisers.append(normaliser)
             if keeps:
-                ctx.kept.append(logits.to(states.dtype))
+                ctx.kept.append(logits)
         if needed:
             ctx.save_for_backward(states, weight, targets, torch.cat(normalisers))
         return torch.cat(made)
@@ -107,13 +109,15 @@ class _HeadLogprobs(torch.autograd.Function):
         for i, rows in enumerate(_chunks(targets, weight)):
             logits = product(states[rows], weight, ctx.bias) if ctx.kept is None else ctx.kept[i]
             if ctx.kept is not None:
-                ctx.kept[i] = None  # overwritten below where it is float32
-            scale = grad[rows].unsqueeze(1)
-            slope = logits.float().sub_(normalisers[rows].unsqueeze(1)).exp_().mul_(-scale)
-            slope.scatter_add_(1, targets[rows].unsqueeze(1), scale)
-            if of_bias is not None:
-                of_bias += slope.sum(dim=0)
-            slope = slope.to(states.dtype)
+                ctx.kept[i] = None  # overwritten below
+            columns = [values[rows].unsqueeze(1) for values in (normalisers, grad, targets)]
+            for some in few_at_once(logits):
+                normaliser, scale, target = (values[some] for values in columns)
+                slope = logits[some].float().sub_(normaliser).exp_().mul_(-scale).scatter_add_(1, target, scale)
+                if of_bias is not None:
+                    of_bias += slope.sum(dim=0)
+                logits[some] = slope
+            slope = logits
             if of_states is not None:
                 of_states[rows] = product(slope, weight.t())
             if of_weight is not None and of_weight.dtype == states.dtype:
@@ -125,7 +129,25 @@ class _HeadLogprobs(torch.autograd.Function):
 
 def _chunks(targets: Tensor, weight: Tensor) -> list[slice]:
     size = max(1, LOGITS_AT_ONCE // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, targets.numel(), size)]
+    return _parts(targets.numel(), math.ceil(targets.numel() / size))
+
+
+def few_at_once(logits: Tensor) -> list[slice]:
+    """Rows in parts, one after the other: on a CPU so few that what is done to each finds it in the cache."""
+    few = len(logits) if logits.device.type != "cpu" else max(1, IN_CACHE // logits.shape[1])
+    return _parts(len(logits), max(1, len(logits) // few))
+
+
+def _parts(rows: int, count: int) -> list[slice]:
+    """Even ones, so that none is a single row, whose sums PyTorch deals to threads and so rounds otherwise."""
+    bounds = [rows * i // count for i in range(count + 1)]
+    return [slice(start, end) for start, end in pairwise(bounds)]
+
+
+def _normalisers(logits: Tensor) -> Tensor:
+    """(n,) float32: log of the sum of exp over the vocabulary, of a row the same bits whatever the others are."""
+    rows = logits if len(logits) > 1 else logits.expand(2, -1)
+    return torch.cat([rows[some].float().logsumexp(dim=-1) for some in few_at_once(rows)])[: len(logits)]
 
 
 def _inner(model: Any) -> Any:

@@ -69,13 +69,31 @@ def test_gradients_are_those_of_plain_rows(name: str) -> None:
     weights = torch.linspace(-1, 2, sum(len(a) for g in GROUPS for a in g.answers))
     parameters = list(model.parameters())
     wanted = torch.autograd.grad((plain(model, GROUPS) * weights).sum(), parameters)
-    for kept, chunk in ((2**27, 2**24), (0, 3 * 40), (2**27, 3 * 40)):
+    for kept, chunk, few in ((2**27, 2**24, 2**19), (0, 3 * 40, 2**19), (2**27, 3 * 40, 2**19), (2**27, 2**24, 2 * 40)):
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scorer, "IN_CACHE", few)
             patch.setattr(scorer, "LOGITS_KEPT", kept)
             patch.setattr(scorer, "LOGITS_AT_ONCE", chunk)
             found = torch.autograd.grad((Scorer(model)(GROUPS) * weights).sum(), parameters)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
+
+
+def test_a_token_read_alone_has_the_bits_that_it_has_among_others() -> None:
+    """With more than one thread PyTorch sums a single long row in parts, and several rows each in one go."""
+    states, targets = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) * 3000
+    head, threads = torch.nn.Linear(8, 2**16, bias=False), torch.get_num_threads()
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(2**16, 8, generator=torch.Generator().manual_seed(1)))
+    torch.set_num_threads(2)
+    try:
+        together = scorer._HeadLogprobs.apply(states, head.weight.detach(), None, targets)
+        alone = [
+            scorer._HeadLogprobs.apply(states[i, None], head.weight.detach(), None, targets[i, None]) for i in range(12)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(torch.cat(alone), together)
 
 
 def test_checkpointed_layers_give_the_same_gradients() -> None:

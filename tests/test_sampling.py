@@ -11,7 +11,7 @@ import torch
 from conftest import SMALL, Command
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from spin_reg import sampling
+from spin_reg import sampling, scorer
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.stages import generate
 
@@ -143,7 +143,7 @@ def test_at_temperature_0_the_likeliest_token_is_taken() -> None:
 def test_pick_looks_at_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, at = torch.randn(7, 700), torch.rand(7).double()
     whole = sampling.pick(logits, at, temperature=0.7, top_p=0.9)
-    monkeypatch.setattr(sampling, "AT_ONCE", 1500)  # two rows
+    monkeypatch.setattr(scorer, "IN_CACHE", 1500)  # two rows
     for one, other in zip(sampling.pick(logits, at, temperature=0.7, top_p=0.9), whole, strict=True):
         assert torch.equal(one, other) and len(one) == 7
 

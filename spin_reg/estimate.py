@@ -206,8 +206,8 @@ def memory(todo: Sequence[Stage], model: Model, rows: Mapping[Split, int] | None
         parameters  b P, 2 b P in divergence (two models); under autocast of float32 weights 2 P more, since what is
                     cast is kept while a stage (in training, a micro-batch) uses it; else in generate b P more, since
                     on a CPU weights are laid out anew for drawing
-        gradients   4 T                  train, sft
-        optimizer   4 slots T            train, sft; `slots`: numbers that it keeps of a weight
+        gradients   b T                  train, sft; for an adapter and ZeRO 4 in place of b
+        optimizer   b slots T            train, sft; `slots`: numbers that it keeps of a weight
         activations a N l (8 h + 4 i + 2 c)   train, sft; elsewhere, one layer at a time, without the l
         logits      12 B V               generate: the last ones and their sums
                     8 min(C, R V)        score: in float32, twice
@@ -265,12 +265,14 @@ def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, 
     optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
     sharding = spec.hardware.sharding if trains else Sharding.none
     over = {part: spec.hardware.processes if sharding in kinds else 1 for part, kinds in SHARED.items()}
-    numbers = SLOTS[optimizer] + (sharding in (Sharding.zero1, Sharding.zero2))  # a copy of the weights is in the share
+    zero = sharding in (Sharding.zero1, Sharding.zero2)  # a copy of the weights is in the share
+    adapter = isinstance(model, Pretrained) and model.lora.rank > 0
+    own = 4 if zero or adapter else BYTES[model.dtype]
     activations, logits, cache = _working(stage, spec, widths, model, rows)
     held = Held(
         parameters=round((plain + weights * copy) / over["parameters"]),
-        gradients=4 * trained // over["gradients"],
-        optimizer=4 * numbers * trained // over["optimizer"],
+        gradients=own * trained // over["gradients"],
+        optimizer=own * (SLOTS[optimizer] + zero) * trained // over["optimizer"],
         activations=activations,
         logits=logits,
         cache=cache,

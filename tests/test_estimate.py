@@ -158,6 +158,9 @@ def test_autocast_holds_cast_weights_and_sharding_a_share_of_what_is_trained(bas
     train, count = partial(held, base, "train"), sizes.parameters(Pretrained(name_or_path=str(base)))
     assert (train().parameters, train("hardware.precision=bf16").parameters) == (4 * count, 6 * count)
     assert train("schedule.optimizer=adamw").optimizer == 2 * train("schedule.optimizer=rmsprop").optimizer == 8 * count
+    coarse, adapter = train("model.dtype=bfloat16"), train("model.dtype=bfloat16", "model.lora.rank=1")
+    assert (coarse.parameters, coarse.gradients) == (2 * count, 2 * count)
+    assert adapter.gradients == train("model.lora.rank=1").gradients > 0  # which is float32
     half = train("hardware.processes=2", "hardware.sharding=full")
     assert (half.parameters, half.gradients) == (2 * count, 2 * count) and half.activations == train().activations
     for stage, gradients in (("zero1", 4 * count), ("zero2", 2 * count)):

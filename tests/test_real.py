@@ -85,6 +85,16 @@ def test_ten_iterates_of_an_adapter_take_little_disk(model: Path, command: Comma
     print(f"ten iterates: {run / base:.3f} of the base")
 
 
+@pytest.mark.timeout(1500)
+def test_stages_hold_what_was_estimated(model: Path, tmp_path: Path) -> None:
+    """Each in a process of its own, an adapter under autocast; 0.8 to 1.2 of what they then hold at most."""
+    script = runpy.run_path(str(ROOT / "scripts/memory.py"))
+    own = ["model=pretrained", f"model.name_or_path={model}", f"dataset.path={DATA}"]
+    found = script["case"]([*script["REAL"], *own, *script["REAL_CASES"]["lora bf16"]], tmp_path)
+    assert {one.kind for one in found} == {"generate", "score", "train"}
+    assert all(0.8 < one.ratio < 1.2 for one in found), found
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_answers_are_packed_and_in_float32_no_bit_tells_what_is_read_with_them(model: Path, dtype: str) -> None:
     import torch

@@ -120,8 +120,8 @@ def _names(a: Sequence[Run], b: Sequence[Run], asked: Sequence[str], *, everythi
         if f"eval/{name.removeprefix('eval/')}" not in known:
             todo = f"measured: {', '.join(name.removeprefix('eval/') for name in known) or 'nothing'}"
             raise ConfigError(f"There is no metric {name}.", where="--metric", why="neither side has it", todo=todo)
-    chosen = asked or (known if everything else COLUMNS)
-    full = [f"eval/{name.removeprefix('eval/')}" for name in chosen]
+    shown = asked or (known if everything else COLUMNS)
+    full = [f"eval/{name.removeprefix('eval/')}" for name in shown]
     return [name for name in full if name in known]
 
 

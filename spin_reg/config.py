@@ -292,8 +292,8 @@ def identity_settings(config: Config) -> dict[str, Any]:
 
 
 def _with_choices(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
-    chosen = {group: getattr(config, group) for group in ("model", "dataset", "regularizer")}
-    named = {group: {"_choice": choice(group, v), **tree[group]} for group, v in chosen.items() if v is not None}
+    groups = {group: getattr(config, group) for group in ("model", "dataset", "regularizer")}
+    named = {group: {"_choice": choice(group, v), **tree[group]} for group, v in groups.items() if v is not None}
     return tree | named
 
 

@@ -215,10 +215,10 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any], verb: s
     """Hand the words to Hydra; its errors come back as ours. `verb`: whose page --help begins with."""
     import hydra
 
-    from spin_reg import config, overrides, sweeps
+    from spin_reg import config, overrides, single, sweeps
 
     config.register()
-    overrides.register_help(conf_dir(), verb)
+    page = overrides.register_help(conf_dir(), verb)
     overrides.check(words)
     sys.argv = [program, *words]
     full = os.environ.get("HYDRA_FULL_ERROR")
@@ -235,7 +235,13 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any], verb: s
     try:
         if sweeps.MULTIRUN & set(words):
             return sweeps.run(compose, words, task, full=bool(full))
-        compose(alone)()
+        settings = [word for word in words if word not in single.HELP]
+        if not single.plain(settings):
+            compose(alone)()
+        elif len(settings) < len(words):
+            single.show_help(conf_dir(), settings, page)
+        else:
+            single.run(conf_dir(), words, alone)
     except BrokenPipeError:
         raise
     except Exception as error:

@@ -39,13 +39,18 @@ $CONFIG
 """
 
 
-def register_help(conf: Path, verb: str = "train") -> None:
-    """Hydra's --help: the verb's page, and the groups that conf/ holds (its own listing would show the schemas too)."""
+def register_help(conf: Path, verb: str = "train") -> str:
+    """Hydra's --help: the verb's page, and the groups that conf/ holds (its own listing would show the schemas too).
+
+    Returns:
+        The same, where $CONFIG stands for the settings.
+    """
     options = {group: sorted(path.stem for path in (conf / group).glob("*.yaml")) for group in GROUPS}
     groups = "\n".join(f"  {group}: {', '.join(names)}" for group, names in options.items())
-    page = manual.page(verb).replace("$", "$$")
-    node = {"app_name": "spin-reg", "header": "", "footer": "", "template": HELP.format(page=page, groups=groups)}
+    page = HELP.format(page=manual.page(verb).replace("$", "$$"), groups=groups)
+    node = {"app_name": "spin-reg", "header": "", "footer": "", "template": page}
     ConfigStore.instance().store(group="hydra/help", name="spin_reg", node=node)
+    return page
 
 
 def check(words: Sequence[str]) -> None:

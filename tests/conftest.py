@@ -45,8 +45,9 @@ Command = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two things that cost much here and change nothing: fsync (no test cuts the power), and that Hydra composes all
-    settings twice, the first time only to read `hydra.mode`; without it the flag -m decides.
+    """Two things that cost much here and change nothing: fsync (no test cuts the power), and that Hydra, where a
+    word speaks to it, composes all settings twice, the first time only to read `hydra.mode`; without it the flag -m
+    decides.
     """
     from hydra._internal.hydra import Hydra
 

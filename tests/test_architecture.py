@@ -126,6 +126,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
     (
         {
             "cli",
+            "single",
             "console",
             "scoreboard",
             "overrides",

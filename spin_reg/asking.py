@@ -4,7 +4,6 @@ One POST and one field of its answer are all that is needed, so a plain HTTP cli
 how long, and what is kept are then ours to say.
 """
 
-import asyncio
 import logging
 import os
 import random
@@ -12,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any
 
@@ -100,6 +98,7 @@ def ask(
     log.info("%s", words(judge, expected))
     progress(len(found), len(different))
     if missing:
+        import asyncio
 
         def answered(call: Call, reply: Reply) -> None:
             cache.keep(call, reply)
@@ -122,6 +121,8 @@ def words(judge: Judge, expected: Cost) -> str:
 async def _ask_all(
     judge: Judge, calls: Sequence[Call], answered: Callable[[Call, Reply], None], poll: Callable[[], None]
 ) -> None:
+    import asyncio
+
     import httpx2
 
     key = os.environ[judge.key_variable] if judge.key_variable is not None else None
@@ -186,6 +187,8 @@ class _Fault(Exception):
 
 async def _one(client: Any, judge: Judge, call: Call) -> Reply:
     """One call, tried again while that may help."""
+    import asyncio
+
     why = ""
     for attempt in range(judge.retries + 1):
         try:
@@ -208,6 +211,8 @@ async def _one(client: Any, judge: Judge, call: Call) -> Reply:
 
 
 async def _try(client: Any, judge: Judge, call: Call) -> Reply:
+    import asyncio
+
     import httpx2
 
     address = f"{str(judge.base_url).rstrip('/')}/chat/completions"
@@ -238,6 +243,8 @@ def _said(text: str) -> str:
 
 def _asked_wait(headers: Mapping[str, str]) -> float | None:
     """Seconds that a server asks to wait, by Retry-After: a number of them, or a date."""
+    from email.utils import parsedate_to_datetime
+
     value = headers.get("retry-after", "")
     with suppress(ValueError):
         return max(0.0, float(value)) if float(value) == float(value) else None

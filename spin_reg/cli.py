@@ -281,8 +281,9 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
     from hydra.types import RunMode
 
     from spin_reg import launch, points, results
-    from spin_reg.console import Screen, closing_words, short
+    from spin_reg.console import Screen, closing_words
     from spin_reg.report.sheets import PAGE
+    from spin_reg.sheet import short
 
     hydra = HydraConfig.get()
     screen = Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")

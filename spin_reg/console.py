@@ -22,6 +22,7 @@ from spin_reg.redact import redacted
 from spin_reg.results import Values
 from spin_reg.runner import State, Status
 from spin_reg.scoreboard import benchmarks_table, mt_bench_table
+from spin_reg.sheet import short
 
 COLUMNS = (
     *("heldout_nll", "exact_match", "kl_data", "kl_off", "margin", "accuracy", "kl_to_base", "kl_to_previous"),
@@ -151,14 +152,6 @@ def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None
     say(f"model    {place}/{newest}/model")
     say(f"metrics  {place}/metrics.jsonl")
     say(f"go on    spin-reg resume {shlex.quote(place)} {more}")
-
-
-def short(path: Path) -> str:
-    """A path as one would type it here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def _table(title: str, first: str) -> Table:

@@ -4,9 +4,9 @@ import json
 from collections import Counter
 
 from spin_reg import asking, estimate, launch, processes, space
-from spin_reg.console import short
 from spin_reg.fingerprint import plain
 from spin_reg.launch import Planned
+from spin_reg.sheet import short
 
 
 def show(planned: Planned) -> None:

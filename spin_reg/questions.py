@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from spin_reg.corpora import Hub, Jsonl, Part
 from spin_reg.errors import ConfigError, DataError
@@ -17,9 +15,6 @@ from spin_reg.mt_bench import Asked, Mode, MtBench, Prompt, Question
 CATEGORY = re.compile(r"\w[\w .+-]*")  # it is part of a metric's name
 OWN_PROMPTS = Path(__file__).parent / "judge_prompts.yaml"
 Turn = Mapping[str, str | None]
-_jinja = ImmutableSandboxedEnvironment(
-    undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
-)
 
 
 def asked(settings: MtBench, prompts: str | None) -> Asked:
@@ -171,6 +166,8 @@ def _bad_prompts(file: Path, why: str) -> ConfigError:
 
 def _check_prompt(file: Path, mode: Mode, prompt: Prompt) -> None:
     """Rendered, it must hold all that is to be judged, and say how a verdict is written."""
+    from jinja2 import TemplateError
+
     names = ("answer",) if mode is Mode.single else ("answer_a", "answer_b")
     turns: list[dict[str, str | None]]
     turns = [{name: f"{name} {n}" for name in ("question", "reference", *names)} for n in (1, 2)]
@@ -190,8 +187,14 @@ def _check_prompt(file: Path, mode: Mode, prompt: Prompt) -> None:
 
 
 @lru_cache(maxsize=8)
-def _template(text: str) -> Template:
-    return _jinja.from_string(text)
+def _template(text: str) -> Any:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    jinja = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=False
+    )
+    return jinja.from_string(text)
 
 
 def messages(prompt: Prompt, turns: Sequence[Turn]) -> list[dict[str, str]]:

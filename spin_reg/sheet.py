@@ -1,8 +1,9 @@
-"""Tables for people in a terminal, and lines of tab-separated cells for programs."""
+"""Tables for people in a terminal, lines of tab-separated cells for programs, and paths as both write them."""
 
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -50,3 +51,11 @@ def part(title: str) -> None:
 def show_json(value: Any, *, line: bool = False) -> None:
     """Print a value as JSON, on one line or indented."""
     print(json.dumps(value, indent=None if line else 1, ensure_ascii=False))
+
+
+def short(path: Path) -> str:
+    """A path as one would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,5 +1,7 @@
 """A single run's settings are composed once, and the page too: nothing but the time may tell it from Hydra's way."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,13 @@ def test_the_page_is_the_one_that_hydra_would_print(command: Command, monkeypatc
 def test_a_page_of_settings_that_do_not_compose_is_the_same_error(command: Command, words: tuple[str, ...]) -> None:
     ours = command("train", "-h", *words)
     assert ours.code == 2 and ours == command("train", "-h", *words, "--run")
+
+
+def test_plan_loads_nothing_that_it_does_not_need(tmp_path: Path) -> None:
+    """Each takes some 10 ms or more: judges and tables are for runs."""
+    code = (
+        "import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', 'plan']\n"
+        "try: cli.main()\nexcept SystemExit: print([m for m in ('asyncio', 'jinja2', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout

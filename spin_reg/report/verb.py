@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spin_reg import durable, manual, runlog
-from spin_reg.console import short
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.metrics import HEALTHY
 from spin_reg.report import figures, gather, page, story
 from spin_reg.report.sheets import PAGE
+from spin_reg.sheet import short
 
 USAGE = manual.usage("report")
 FIGURES = "figures"

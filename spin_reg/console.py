@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from spin_reg import metrics, results
-from spin_reg.launch import Planned
+from spin_reg.outlook import Planned
 from spin_reg.plan import Stage
 from spin_reg.redact import redacted
 from spin_reg.results import Values

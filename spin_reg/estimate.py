@@ -4,15 +4,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from spin_reg import sizes, vllm_engine
+from spin_reg import amounts, sizes, vllm_engine
+from spin_reg.amounts import Amounts
 from spin_reg.corpora import Dataset
 from spin_reg.generation import Backend
 from spin_reg.pace import Piece
 from spin_reg.plan import Stage
-from spin_reg.roles import answers_role
 from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize, Sharding
 from spin_reg.space import BYTES, SLOTS, human
 from spin_reg.specs import (
+    AnswersSpec,
     BenchmarkSpec,
     ConverseSpec,
     DivergenceSpec,
@@ -31,12 +32,15 @@ QUANTIZED = {Quantize.none: None, Quantize.nf4: 0.55, Quantize.int8: 1.05}  # by
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens at most: every prompt and answer at its limit. `pairs`: how many are trained on, over all epochs."""
+    """Tokens. `pairs`: how many are trained on, over all epochs. `measured`: of prompts and answers as long as those
+    there are; else at most, every one at its limit.
+    """
 
     drawn: int
     scored: int
     trained: int
     pairs: int
+    measured: bool = False
 
     @property
     def tokens(self) -> int:
@@ -47,7 +51,9 @@ class Work:
         if not self.tokens:
             return "none left"
         listed = ", ".join(f"{count(getattr(self, name))} {name}" for name in ("drawn", "scored", "trained"))
-        return f"at most {listed} on" + (f" ({count(self.pairs)} pairs)" if self.pairs else "")
+        return f"{'about' if self.measured else 'at most'} {listed} on" + (
+            f" ({count(self.pairs)} pairs)" if self.pairs else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -120,64 +126,54 @@ def room() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def pieces(stages: Sequence[Stage], rows: Mapping[Split, int]) -> list[Piece]:
+def pieces(stages: Sequence[Stage], have: Amounts) -> list[Piece]:
     """The stages of a plan with their tokens; how many a benchmark reads is not known here."""
     return [
         Piece(
             stage.name,
             stage.kind,
             stage.folder,
-            None if isinstance(stage.spec, BenchmarkSpec | JudgeSpec) else work([stage], rows).tokens,
+            None if isinstance(stage.spec, BenchmarkSpec | JudgeSpec) else work([stage], have).tokens,
         )
         for stage in stages
     ]
 
 
-def work(todo: Sequence[Stage], rows: Mapping[Split, int]) -> Work:
-    """The tokens of the stages still to be made.
-
-    Args:
-        rows: how many examples each split has, or may have. A draw deals a prompt to one of the window's iterates: its
-            stages are counted as if each drew its equal share.
-    """
-    drawn = scored = trained = pairs = 0
+def work(todo: Sequence[Stage], have: Amounts) -> Work:
+    """The tokens of the stages still to be made; answers for MT-Bench, which nothing tells of, at their limit."""
+    drawn = scored = trained = 0.0
+    pairs = 0
     for stage in todo:
         spec = stage.spec
         if isinstance(spec, GenerateSpec):
-            share = 1.0 if spec.draw is None else _share(spec.draw.samplers[-1], spec.k)
-            drawn += round(rows[spec.split] * share) * spec.max_new_tokens
+            drawn += have.rows[spec.split] * amounts.drawing(spec) * min(have.drawn, spec.max_new_tokens)
         elif isinstance(spec, ConverseSpec):
             drawn += spec.answers * spec.max_new_tokens
         elif isinstance(spec, ScoreSpec):
-            some = rows[spec.split] if spec.first is None else min(spec.first, rows[spec.split])
-            scored += _scored(stage, spec, some)
+            read, real, made = amounts.scoring(stage, spec)
+            some = have.rows[spec.split] if spec.first is None else min(spec.first, have.rows[spec.split])
+            a_prompt = read * have.prompt[spec.split] + real * have.real[spec.split] + made * _answer(stage, have)
+            scored += some * a_prompt
         elif isinstance(spec, DivergenceSpec):
-            scored += 2 * min(spec.first, rows[Split.heldout]) * _longest(stage)
+            some = min(spec.first, have.rows[Split.heldout])
+            scored += 2 * some * (have.prompt[Split.heldout] + _answer(stage, have))
         elif isinstance(spec, SftSpec):
-            trained += spec.sft.epochs * (rows[Split.train] + rows.get(Split.retained_train, 0)) * _longest(stage)
-        elif isinstance(spec, TrainSpec) and not spec.loss.plays:
-            trained += spec.epochs * rows[Split.train] * _longest(stage)
+            splits = [split for split in (Split.train, Split.retained_train) if split in have.rows]
+            trained += spec.sft.epochs * sum(have.rows[one] * (have.prompt[one] + have.real[one]) for one in splits)
         elif isinstance(spec, TrainSpec):
-            made = rows[Split.train] * (len(spec.window) if _union(stage) else 1) * spec.epochs
-            pairs += made
-            trained += made * (2 * _longest(stage) - _dataset(stage).max_prompt_tokens)  # the prompt is read once
-    return Work(drawn, scored, trained, pairs)
+            made = len(spec.window) if spec.loss.plays and _union(stage) else 1
+            some = have.rows[Split.train] * made * spec.epochs
+            pairs += some if spec.loss.plays else 0
+            answers = have.real[Split.train] + (_answer(stage, have) if spec.loss.plays else 0)
+            trained += some * (have.prompt[Split.train] + answers)  # the prompt is read once
+    return Work(round(drawn), round(scored), round(trained), pairs, have.measured)
 
 
-def _scored(stage: Stage, spec: ScoreSpec, prompts: int) -> int:
-    """Tokens that a score stage reads of so many prompts: each prompt once, with the answers that are dealt to it."""
-    shares = [1.0] if spec.real else []
-    for j in spec.window:
-        made = stage.needs[answers_role(j)].spec
-        drawn = spec.draw or (made.draw if isinstance(made, GenerateSpec) else None)  # under `reuse`: what is left
-        shares.append(1.0 if drawn is None else _share(drawn.samplers[-1], j))
-    data = _dataset(stage)
-    read = 1.0 if spec.real else min(1.0, sum(shares))
-    return round(prompts * (read * data.max_prompt_tokens + sum(shares) * data.max_response_tokens))
-
-
-def _share(sampler: Sequence[tuple[int, float]], k: int) -> float:
-    return dict(sampler).get(k, 0.0)
+def _answer(stage: Stage, have: Amounts) -> float:
+    """Tokens of a drawn answer that a stage reads, itself or in its pairs."""
+    near = [stage, *(need for role, need in stage.needs.items() if role == "pairs")]
+    specs = [need.spec for one in near for need in one.needs.values()]
+    return min(have.drawn, max((spec.max_new_tokens for spec in specs if isinstance(spec, AnswersSpec)), default=0))
 
 
 def _union(stage: Stage) -> bool:
@@ -210,7 +206,7 @@ def memory(todo: Sequence[Stage], model: Model, rows: Mapping[Split, int] | None
         optimizer   b slots T            train, sft; `slots`: numbers that it keeps of a weight
         activations a N l (8 h + 4 i + 2 c)   train, sft; elsewhere, one layer at a time, without the l
         logits      12 B V               generate: the last ones and their sums
-                    8 min(C, R V)        score: in float32, twice
+                    4 min(C, R V)        score: in float32
                     16 max(C, R V)       divergence: of both models
                     4 min(K, R V) + 12 min(C, R V)   train, sft
         cache       B L l 2 c a          generate
@@ -302,7 +298,7 @@ def _working(
         most = _fewest(hardware.score_batch_size, spec.first, rows.get(spec.split))
         tokens = _at_once(hardware.batch_tokens, longest - response + answers, most)
         logits = tokens * answers // (longest - response + answers) * widths.vocabulary
-        return a * tokens * layer, 8 * min(logits, sizes.LOGITS_AT_ONCE), 0
+        return a * tokens * layer, 4 * min(logits, sizes.LOGITS_AT_ONCE), 0
     if isinstance(spec, DivergenceSpec):  # all logits of a batch of both models; a batch is small, or one answer
         tokens = max(longest, min(hardware.batch_tokens, sizes.LOGITS_AT_ONCE // widths.vocabulary))
         return a * tokens * layer, 16 * max(sizes.LOGITS_AT_ONCE, response * widths.vocabulary), 0

@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import sha256
@@ -18,14 +18,12 @@ from typing import Any
 from spin_reg import (
     config,
     durable,
-    estimate,
     exact,
     harness,
     judges,
     origins,
-    pace,
+    outlook,
     processes,
-    remedies,
     results,
     rundir,
     runlog,
@@ -42,10 +40,10 @@ from spin_reg.config import Config
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, DamagedError, RunBusy, SpinRegError
 from spin_reg.fingerprint import file_sha256, plain
-from spin_reg.plan import Sources, Stage, plan
+from spin_reg.outlook import Planned
+from spin_reg.plan import plan
 from spin_reg.redact import redacted
-from spin_reg.results import Stop
-from spin_reg.runner import Listener, State, Status
+from spin_reg.runner import Listener, Status
 from spin_reg.settings import KeepIterates
 from spin_reg.specs import BenchmarkSpec, PrepareSpec, Split
 
@@ -56,38 +54,6 @@ QUIET = {
 }
 CONFIG = "config.yaml"
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A run, its folder, its stages, and how each stood when it was planned; `made`: since then, what was missing.
-
-    `stop`: the game ends early, and the stages end there.
-    """
-
-    config: Config
-    root: Path
-    outputs: Path
-    sources: Sources
-    stages: list[Stage]
-    states: list[State]
-    config_whole: bool
-    whole: bool = True  # False where only evaluations were planned
-    made: bool = False
-    stop: Stop | None = None
-
-    @property
-    def finished(self) -> bool:
-        done = all(state.status is Status.done for state in self.states) and results.recorded(self.root, self.stop)
-        return done and self.config_whole and runner.metrics_whole(self.root, self.stages)
-
-    @property
-    def future(self) -> frozenset[str]:
-        """Names of the stages that one more iteration would need."""
-        settings = self.config
-        if self.stop is not None:
-            settings = replace(settings, schedule=replace(settings.schedule, iterations=self.stop.iterate))
-        return space.future(settings, self.sources)
 
 
 def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
@@ -124,9 +90,9 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         stages = [stage for stage in stages if stage.name in kept]
     written = _config_whole(root, saved)
     planned = Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate, stop=stop)
-    if any(isinstance(stage.spec, BenchmarkSpec) for stage in _todo(planned)):
+    if any(isinstance(stage.spec, BenchmarkSpec) for stage in planned.todo):
         harness.check()
-    vllm_python.check(stage.spec for stage in _todo(planned))
+    vllm_python.check(stage.spec for stage in planned.todo)
     return planned
 
 
@@ -140,13 +106,13 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     for stage, state in zip(planned.stages, planned.states, strict=True):
         if state.status is Status.stale:
             raise runner.refused(root, stage, state)
-    judges.check(settings, _todo(planned), planned.sources.mt_bench, root)
+    judges.check(settings, planned.todo, planned.sources.mt_bench, root)
     read = None
     if not root.exists():
         environment(settings)
         read = _check_data(planned, listener)
     _check_results(planned)
-    space.check(planned.outputs, disk(planned, read))
+    space.check(planned.outputs, outlook.disk(planned, read))
     durable.make_folder(root)
     with rundir.owned(root):  # before anything slow: who comes second is told at once
         saved = _saved(root)
@@ -160,47 +126,6 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
         return _run(planned, listener)
 
 
-def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Need:
-    """What the stages still to be made may need on disk; `read`: how many examples the data were found to have."""
-    settings = planned.config
-    todo, rows = _todo(planned), read or _counts(planned)
-    return space.need(planned.stages, todo, settings.model, rows, settings.keep_iterates, planned.future)
-
-
-def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, str | None, judges.Cost]:
-    """Of the stages still to be made: tokens, memory, what makes that fit where it does not, what a judge is asked."""
-    todo, rows, model = _todo(planned), _counts(planned), planned.config.model
-    memory, helps = estimate.memory(todo, model, rows), remedies.helps(todo, model, estimate.room(), rows)
-    return estimate.work(todo, rows), memory, helps, judges.expected(todo, planned.sources.mt_bench, planned.root)
-
-
-def time_left(planned: Planned) -> pace.Left:
-    """Seconds that the stages still to be made may take, at the pace that the run's log tells of."""
-    path = planned.root / "run.log"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return pace.left(_pieces(planned), {stage.name for stage in _todo(planned)}, text)
-
-
-def _pieces(planned: Planned) -> list[pace.Piece]:
-    return estimate.pieces(planned.stages, _counts(planned))
-
-
-def _todo(planned: Planned) -> list[Stage]:
-    return [s for s, state in zip(planned.stages, planned.states, strict=True) if state.status is Status.todo]
-
-
-def _counts(planned: Planned) -> Mapping[Split, int]:
-    data = planned.config.dataset
-    return space.counts(_data_folder(planned), data.num_prompts, data.num_heldout)
-
-
-def _data_folder(planned: Planned) -> Path:
-    """Where the prepared data lie, or will: here, or in the run they are taken over from."""
-    stage = planned.stages[0]
-    copies = [] if (planned.root / stage.folder).is_dir() else rundir.elsewhere(planned.outputs, stage, {})
-    return next(iter(copies), planned.root / stage.folder)
-
-
 def _run(planned: Planned, listener: Listener) -> Planned:
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
@@ -212,7 +137,7 @@ def _run(planned: Planned, listener: Listener) -> Planned:
         enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
         results.record(root, planned.stop)
         if planned.whole:
-            survey.record(root, _pieces(planned))
+            survey.record(root, outlook.pieces(planned))
         try:
             with tracking.mirror(root, settings.tracker, config.flatten(plain(settings))) as mirror:
                 runner.run_all(
@@ -263,7 +188,7 @@ def _check_results(planned: Planned) -> None:
 
     assert isinstance(spec, PrepareSpec)
     try:
-        made = rundir.read(_data_folder(planned), f"{Split.heldout}.parquet")
+        made = rundir.read(planned.folder(planned.stages[0]), f"{Split.heldout}.parquet")
     except DamagedError:  # it is made again
         made = None
     real = stage.heldout_answers(spec, made)

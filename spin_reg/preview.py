@@ -3,40 +3,43 @@
 import json
 from collections import Counter
 
-from spin_reg import asking, estimate, launch, processes, space
+from spin_reg import asking, estimate, outlook, processes, space
 from spin_reg.fingerprint import plain
-from spin_reg.launch import Planned
+from spin_reg.outlook import Planned
+from spin_reg.plan import Stage
+from spin_reg.runner import State
 from spin_reg.sheet import short
 
 
 def show(planned: Planned) -> None:
-    """A line a stage, then tokens, memory, time and disk."""
-    width = max(len(stage.name) for stage in planned.stages)
+    """A line a stage with its tokens and disk, then tokens, memory, time and disk of all."""
     print(f"run {short(planned.root)}")
-    for stage, state in zip(planned.stages, planned.states, strict=True):
-        print(f"  {state.status:5}  {stage.name:{width}}  {state.reason}")
-    needed, room = launch.disk(planned), space.human(space.free(planned.outputs))
+    lines = [(state.status.value, stage.name, *_costs(planned, stage, state)) for stage, state in _each(planned)]
+    first, second, third, fourth = (max(map(len, column)) for column in zip(*lines, strict=True))
+    for (status, name, cost, disk), (_, state) in zip(lines, _each(planned), strict=True):
+        print(f"  {status:{first}}  {name:{second}}  {cost:>{third}}  {disk:>{fourth}}  {state.reason}")
+    needed, room = outlook.disk(planned), space.human(space.free(planned.outputs))
     counts = Counter(state.status for state in planned.states)
     print("  " + ", ".join(f"{n} {status}" for status, n in sorted(counts.items())))
     if planned.stop is not None:
         print(f"  stopped {planned.stop.words()}")
-    tokens, memory, helps, asked = launch.estimates(planned)
+    tokens, memory, helps, asked = outlook.estimates(planned)
     print(f"  tokens: {tokens.words()}")
     if asked.calls or asked.cached:
         print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
     if how := processes.words(planned.config.hardware):
         print(f"  processes: {how}")
     print(f"  memory: {memory.words(estimate.room(), helps)}")
-    print(f"  time: {launch.time_left(planned).words()}")
+    print(f"  time: {outlook.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")
 
 
 def show_json(planned: Planned) -> None:
     """The same as one JSON object on a line: bytes, tokens and seconds as numbers."""
-    tokens, memory, helps, asked = launch.estimates(planned)
+    tokens, memory, helps, asked = outlook.estimates(planned)
     stages = [
-        {"name": stage.name, "status": state.status, "reason": state.reason}
-        for stage, state in zip(planned.stages, planned.states, strict=True)
+        {"name": stage.name, "status": state.status, "reason": state.reason} | outlook.of_stage(planned, stage, state)
+        for stage, state in _each(planned)
     ]
     found = {"run": planned.root, "finished": planned.finished, "stages": stages, "tokens": tokens}
     found |= {"stopped": None if planned.stop is None else planned.stop.words(), "judge": asked}
@@ -44,8 +47,19 @@ def show_json(planned: Planned) -> None:
         "memory": dict(memory.by_kind),
         "room": estimate.room(),
         "memory_help": helps,
-        "time": launch.time_left(planned),
+        "time": outlook.time_left(planned),
     }
     found |= {"processes": planned.config.hardware.processes, "threads": processes.threads(planned.config.hardware)}
-    found |= {"disk": launch.disk(planned), "free": space.free(planned.outputs)}
+    found |= {"disk": outlook.disk(planned), "free": space.free(planned.outputs)}
     print(json.dumps(plain(found), ensure_ascii=False, allow_nan=False))
+
+
+def _each(planned: Planned) -> list[tuple[Stage, State]]:
+    return list(zip(planned.stages, planned.states, strict=True))
+
+
+def _costs(planned: Planned, stage: Stage, state: State) -> tuple[str, str]:
+    """Tokens and bytes of a stage, for people; empty where there is nothing left to make."""
+    found = outlook.of_stage(planned, stage, state)
+    tokens, disk = found["tokens"], found["disk"]
+    return f"{estimate.count(tokens)} tokens" if tokens else "", space.human(disk) if disk else ""

@@ -66,6 +66,14 @@ def cast_from(model: Model, width: int) -> int:
     return 0 if 0.75 < stored / (width * parameters(model)) < 1.5 else stored
 
 
+def of_tokenizer(model: Model) -> int:
+    """Bytes of the tokenizer's file, which every iterate has a copy of."""
+    if not isinstance(model, Pretrained):
+        return 0
+    path = sources.model_folder(model, weights=False) / "tokenizer.json"
+    return path.stat().st_size if path.exists() else 0
+
+
 def shapes(model: Pretrained) -> dict[str, list[int]]:
     """The shape of every weight, by name, from the headers of the model's files; a matrix is (out, in).
 

@@ -1,15 +1,15 @@
 """How much disk a run may come to hold, before it holds it; and what in a run's folder nothing needs any more."""
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spin_reg import durable, rundir, sizes
+from spin_reg import amounts, durable, rundir, sizes
+from spin_reg.amounts import Amounts
 from spin_reg.config import Config
 from spin_reg.corpora import published
-from spin_reg.errors import DamagedError, NoSpace
+from spin_reg.errors import NoSpace
 from spin_reg.pace import human as human
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.runner import contents
@@ -27,8 +27,8 @@ from spin_reg.specs import (
 )
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
-TOKEN = 8  # bytes a token at most, as a number and as text, before compression
-ROW, SMALL = 200, 1 << 15  # bytes: what a row holds beside its tokens; a stage's small files
+EVALUATED = 4000  # bytes: an iterate's metrics, twice, and the record of all they are from
+TOKEN = 8  # bytes a token at most as a number and as text, before compression
 SLOTS = {Optimizer.adamw: 2, Optimizer.rmsprop: 1}  # numbers a weight that the optimizer keeps
 
 
@@ -36,22 +36,30 @@ SLOTS = {Optimizer.adamw: 2, Optimizer.rmsprop: 1}  # numbers a weight that the 
 class Need:
     """Bytes. `peak` is the most that is held at one time, half-written files included; the others are sums.
 
-    `download` goes to the Hub's cache, wherever that lies, and is part of none of them.
+    `left` is what is there when all is made, where lengths are `measured` as it is expected to be, with `iterates` and
+    `tables`. `download` goes to the Hub's cache, wherever that lies, and is part of none of them.
     """
 
     peak: int
+    left: int
     iterates: int
     checkpoints: int
     tables: int
     counted: bool  # whether the number of examples is known
+    measured: bool = False
     download: int = 0
 
     def words(self) -> str:
-        parts = (("iterates", self.iterates), ("a training checkpoint", self.checkpoints), ("tables", self.tables))
-        listed = ", ".join(f"{name} {human(size)}" for name, size in parts)
-        unknown = "" if self.counted else ", before the data are counted"
+        if not self.peak:
+            return "nothing more"
+        parts = {"iterates": self.iterates, "tables": self.tables, "a training checkpoint": self.checkpoints}
+        *left, checkpoint = (f"{name} {human(size)}" for name, size in parts.items())
         first = f", and {human(self.download)} of weights to download" if self.download else ""
-        return f"{human(self.peak)} at most ({listed}{unknown}){first}"
+        if self.measured:
+            peak = f"{human(self.peak)} at most on the way (with {checkpoint})"
+            return f"about {human(self.left)} when all is made ({', '.join(left)}), {peak}{first}"
+        unknown = "" if self.counted else ", before the data are counted"
+        return f"{human(self.peak)} at most ({', '.join([*left, checkpoint])}{unknown}){first}"
 
 
 def unneeded(
@@ -85,30 +93,25 @@ def need(
     stages: Sequence[Stage],
     todo: Sequence[Stage],
     model: Model,
-    rows: Mapping[Split, int],
+    have: Amounts,
     keep: KeepIterates,
     future: frozenset[str],
 ) -> Need:
     """The disk that the stages still to be made may need.
 
     Args:
-        rows: how many examples each split has, or may have.
         keep, future: what is removed on the way (see `unneeded`).
     """
-    adapter = isinstance(model, Pretrained) and model.lora.rank > 0  # PEFT keeps adapters in float32
-    weights = sizes.trained_parameters(model) * (4 if adapter else BYTES[model.dtype])
+    weights = _weights(model)
     held, peak, iterates, checkpoints, tables = 0, 0, 0, 0, 0
     gone: set[str] = set()
     for place, stage in enumerate(todo):
-        size, spec = SMALL, stage.spec
-        scratch = 0
+        size, spec = stored(stage, model, have), stage.spec
         if isinstance(spec, SftSpec | TrainSpec):
-            size += weights
             optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
             scratch = 2 * weights * (1 + SLOTS[optimizer])  # the next checkpoint is whole before the last one goes
             iterates += size
         else:
-            size += _table(stage, rows)
             scratch = size  # shards
             tables += size
         checkpoints = max(checkpoints, scratch if isinstance(spec, SftSpec | TrainSpec) else 0)
@@ -119,33 +122,65 @@ def need(
                 gone.add(useless.name)
                 held -= weights
     download = sizes.to_download(model) if todo else 0
-    return Need(peak, iterates, checkpoints, tables, counted=rows[Split.train] > 0, download=download)
+    counted = have.rows[Split.train] > 0
+    return Need(peak, held, iterates, checkpoints, tables, counted, have.measured, download)
 
 
-def _table(stage: Stage, rows: Mapping[Split, int]) -> int:
-    """The most that a stage's table can hold, in bytes."""
+def stored(stage: Stage, model: Model, have: Amounts) -> int:
+    """Bytes of a finished stage."""
+    if isinstance(stage.spec, SftSpec | TrainSpec):
+        return have.small + _weights(model) + sizes.of_tokenizer(model)
+    return have.small + round(_table(stage, have))
+
+
+def _weights(model: Model) -> int:
+    """Bytes of what an iterate keeps; PEFT keeps adapters in float32."""
+    adapter = isinstance(model, Pretrained) and model.lora.rank > 0
+    return sizes.trained_parameters(model) * (4 if adapter else BYTES[model.dtype])
+
+
+def _table(stage: Stage, have: Amounts) -> float:
+    """Bytes of a stage's table; at most, where lengths are not measured: no prompt is taken to be dealt to others."""
     spec = stage.spec
-    data = stage if isinstance(spec, PrepareSpec) else stage.needs.get("data")
-    if data is None:
-        return 0
-    assert isinstance(data.spec, PrepareSpec)
-    prompt, response = data.spec.dataset.max_prompt_tokens, data.spec.dataset.max_response_tokens
     if isinstance(spec, PrepareSpec):
-        return sum(rows.values()) * (ROW + TOKEN * (prompt + (2 if published(spec.dataset) else 1) * response))
+        answers = 2 if published(spec.dataset) else 1
+        rows = have.rows.items()
+        return sum(n * (have.row + _tokens(have, split, answers * have.real[split])) for split, n in rows)
     if isinstance(spec, AnswersSpec):
-        scored = spec.scored if isinstance(spec, GenerateSpec) else False
-        return rows[spec.split] * (ROW + TOKEN * spec.max_new_tokens + scored * _score(spec.split, spec.max_new_tokens))
+        length = min(have.drawn, spec.max_new_tokens)
+        share = amounts.drawing(spec) if have.measured and isinstance(spec, GenerateSpec) else 1
+        a_score = _score(have, spec.split, length) if isinstance(spec, GenerateSpec) and spec.scored else 0
+        return share * have.rows[spec.split] * (have.row + have.answer_token * length + a_score)
     if isinstance(spec, ScoreSpec):
-        return spec.most * (spec.first or rows[spec.split]) * _score(spec.split, response)
+        _, real, drawn = amounts.scoring(stage, spec) if have.measured else (1, spec.real, spec.most - spec.real)
+        some = min(spec.first or have.rows[spec.split], have.rows[spec.split])
+        scores = real * _score(have, spec.split, have.real[spec.split])
+        return some * (scores + drawn * _score(have, spec.split, _drawn(stage, have)))
     if isinstance(spec, PairsSpec):
         answers = 1 if spec.draw is not None else len(spec.window)
-        return rows[Split.train] * answers * (ROW + TOKEN * (prompt + 2 * response))
-    return spec.num_samples * TOKEN * (prompt + 2 * response) if isinstance(spec, EvaluateSpec) else 0
+        a_pair = _tokens(have, Split.train, have.real[Split.train] + _drawn(stage, have))
+        return have.rows[Split.train] * answers * (have.row + 16 + a_pair)
+    if isinstance(spec, EvaluateSpec):
+        split = Split.heldout
+        length = have.prompt[split] + have.real[split] + _drawn(stage, have)
+        return EVALUATED + min(spec.num_samples, have.rows[split]) * TOKEN * length
+    return 0
 
 
-def _score(split: Split, response: int) -> int:
+def _tokens(have: Amounts, split: Split, answers: float) -> float:
+    """Bytes of a prompt and of so many tokens of answers."""
+    return have.prompt_token * have.prompt[split] + have.answer_token * answers
+
+
+def _score(have: Amounts, split: Split, length: float) -> float:
     """Bytes of a row of a score table: the tokens' own log-probs are kept of held-out answers."""
-    return ROW // 2 + 4 * (0 if split is Split.train else response)
+    return have.row + 8 + (0 if split is Split.train else 4 * length)
+
+
+def _drawn(stage: Stage, have: Amounts) -> float:
+    """Tokens of a drawn answer that a stage reads."""
+    limits = [need.spec.max_new_tokens for need in stage.needs.values() if isinstance(need.spec, AnswersSpec)]
+    return min(have.drawn, max(limits, default=0))
 
 
 def free(folder: Path) -> int:
@@ -219,16 +254,3 @@ def stale_index(outputs: Path) -> list[Path]:
 def _size(path: Path) -> int:
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     return sum(p.stat().st_size for p in files if p.stat().st_nlink == 1)
-
-
-def counts(data: Path, num_prompts: int | None, num_heldout: int) -> dict[Split, int]:
-    """How many examples each split has: as prepared in `data`, else at most by the settings (0 where unknown)."""
-    try:
-        content = rundir.read(data, "summary.json")
-    except DamagedError:  # it is made again
-        content = None
-    if content is not None:
-        return {Split(name): int(n) for name, n in json.loads(content)["counts"].items()}
-    train, held = num_prompts or 0, num_heldout
-    limits = (train, held, train, held)
-    return dict(zip((Split.train, Split.heldout, Split.retained_train, Split.retained_heldout), limits, strict=True))

@@ -38,7 +38,7 @@ TABLE: dict[str, Verb] = {
     ),
     "plan": Verb(
         "print what train would do, what is done, and what it may cost; runs nothing",
-        "A line a stage, done, reuse, todo or stale, and why; then tokens, memory, time and disk.",
+        "A line a stage: done, reuse, todo or stale, its tokens and disk, and why; then what all may take.",
         (SWEEP, JOB, Word("--json", "a JSON object for each run: stages, tokens, bytes, seconds")),
         settings=True,
         composed=True,

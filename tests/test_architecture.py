@@ -116,6 +116,8 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "launched",
             "worker",
             "launch",
+            "outlook",
+            "amounts",
             "space",
             "estimate",
             "remedies",

@@ -10,10 +10,10 @@ import pytest
 from conftest import ROOT, SMALL, Command
 from hydra import compose, initialize_config_dir
 
-from spin_reg import config, estimate, iterates, launch, overrides, rundir, tables
+from spin_reg import amounts, config, estimate, iterates, launch, outlook, overrides, rundir, tables
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.roles import answers_role
-from spin_reg.specs import CHECKED, GenerateSpec, ScoreSpec, Split
+from spin_reg.specs import CHECKED, GenerateSpec, PrepareSpec, ScoreSpec, Split
 
 N, ITERATIONS = 2000, 10
 NAMES = [f"train-{i:05d}" for i in range(N)]
@@ -136,7 +136,8 @@ def test_alpha_1_scores_the_training_answers_with_the_base_alone() -> None:
 
 def tokens(some: Sequence[Stage], rows: dict[Split, int]) -> int:
     """The work of stages as tokens, of which a token that is trained on costs as much as three that are read."""
-    work = estimate.work(some, rows)
+    dataset = next(stage.spec.dataset for stage in some if isinstance(stage.spec, PrepareSpec))
+    work = estimate.work(some, amounts.limits(dataset, rows))
     return work.drawn + work.scored + 3 * work.trained
 
 
@@ -162,13 +163,13 @@ def test_without_an_sft_stage_a_sweep_shares_less() -> None:
     assert 0.65 < sweep(rows, *PRETRAINED, "schedule.epochs=1") < sweep(rows, *PRETRAINED) < 11 / 15
 
 
-def planned(*words: str) -> launch.Planned:
+def planned(*words: str) -> outlook.Planned:
     found = launch.prepare(settings(*words))
     assert found.finished
     return found
 
 
-def check_tables(run: launch.Planned) -> int:
+def check_tables(run: outlook.Planned) -> int:
     """Every table of answers and of scores has just the rows that the plan asks for; returns of how many stages."""
     splits = (Split.train, *HELDOUT)
     asked = Asked({split: tables.column("example_id", run.root / f"data/{split}.parquet") for split in splits})

@@ -17,7 +17,7 @@ import pytest
 from conftest import SMALL, Command, read_jsonl
 from test_identity import KNOWN, loaded, prints
 
-from spin_reg import child, config, estimate, harness, iterates, pace, stopping
+from spin_reg import amounts, child, config, estimate, harness, iterates, pace, stopping
 from spin_reg.benchmarks import Benchmark, Evaluation, TaskFiles
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError, Stopped
@@ -386,7 +386,7 @@ def test_before_anything_is_made_a_task_must_be_known(
 
 def test_time_that_benchmarks_may_take_is_not_passed_over() -> None:
     stages = plan(loaded((), "evaluation.benchmarks=[{task: a}]"), KNOWN)
-    pieces = estimate.pieces(stages, dict.fromkeys(Split, 8))
+    pieces = estimate.pieces(stages, amounts.limits(loaded(()).dataset, dict.fromkeys(Split, 8)))
     asked = [stage.name for stage in stages if stage.kind == "benchmark"]
     assert pace.left(pieces, asked, "").unknown == ("benchmark",)
     log = "INFO runner: iterate-00/benchmarks/a: todo (not made yet)\n"

@@ -14,9 +14,10 @@ from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from spin_reg import config, overrides
+from spin_reg import config, estimate, overrides
 from spin_reg.config import Config
 from spin_reg.errors import ConfigError
+from spin_reg.pace import human
 
 CONF = ROOT / "conf"
 GROUPS = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "experiment"]
@@ -284,8 +285,9 @@ def test_a_plan_for_programs_says_what_the_one_for_people_says(command: Command,
     (found,) = [json.loads(line) for line in said.out.splitlines()]
     assert found["run"] == str(tmp_path / "run") and not found["finished"] and not (tmp_path / "run").exists()
     for stage in found["stages"]:
-        assert re.search(
-            rf"^  {stage['status']} +{stage['name']} +{re.escape(stage['reason'])}$", shown.out, flags=re.M
-        )
+        tokens = f"{estimate.count(stage['tokens'])} tokens +" if stage["tokens"] else ""
+        costs = f"{tokens}{human(stage['disk'])}"
+        line = rf"^  {stage['status']} +{stage['name']} +{costs}  {re.escape(stage['reason'])}$"
+        assert re.search(line, shown.out, flags=re.M), (line, shown.out)
     assert len(found["stages"]) == shown.out.count("  todo ") and found["tokens"]["drawn"] > 0
     assert found["disk"]["peak"] > 0 and found["time"]["seconds"] == 0

@@ -13,7 +13,7 @@ from conftest import Command
 from test_sampling import END, llama, points
 from transformers import PreTrainedModel
 
-from spin_reg import diagnostics, estimate, logprobs, sampling
+from spin_reg import amounts, diagnostics, estimate, logprobs, sampling
 from spin_reg.logprobs import collate, token_divergences, token_logprobs
 from spin_reg.settings import Tiny
 
@@ -103,4 +103,4 @@ def test_two_models_are_in_memory_at_once() -> None:
     limits = composed().dataset
     tokens = 2 * 64 * (limits.max_prompt_tokens + limits.max_response_tokens)
     rows = dict.fromkeys(("train", "heldout", "retained_train", "retained_heldout"), 100)
-    assert estimate.work([one], rows).scored == tokens  # type: ignore[arg-type]
+    assert estimate.work([one], amounts.limits(limits, rows)).scored == tokens  # type: ignore[arg-type]

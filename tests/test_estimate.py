@@ -1,8 +1,11 @@
 """What `plan` says a run may take, against brute force; and the presets that people begin with."""
 
+import json
 import os
+import random
 import re
 import runpy
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_reg import config, estimate, launch, models, overrides, processes, remedies, sizes, space
+from spin_reg import amounts, config, estimate, launch, models, overrides, processes, remedies, sizes, space, tables
 from spin_reg.plan import Sources, plan
 from spin_reg.schedules import at
 from spin_reg.settings import Pretrained, Tiny
@@ -20,6 +23,7 @@ from spin_reg.stage import Stage
 
 PRESETS = ("spin", "alpha_spin", "fictitious_play", "mixture_of_two", "small_lora")
 ROWS = {Split.train: 100, Split.heldout: 10}
+OWN = ["model=pretrained", "model.name_or_path=m", "dataset=jsonl", "dataset.path=x.jsonl", "evaluation=none"]
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +49,9 @@ def loaded(*words: str) -> config.Config:
 def work(*words: str) -> estimate.Work:
     """Of a run on 100 prompts and 10 held-out ones, 7 + 5 tokens at most, three iterations."""
     limits = ["dataset.max_prompt_tokens=7", "dataset.max_response_tokens=5", "schedule.epochs=1"]
-    own = ["model=pretrained", "model.name_or_path=m", "dataset=jsonl", "dataset.path=x.jsonl", "evaluation=none"]
-    settings = loaded(*own, *limits, *words)
-    return estimate.work(plan(settings, Sources(model="m", tokenizer="t", data="d")), ROWS)
+    settings = loaded(*OWN, *limits, *words)
+    have = amounts.limits(settings.dataset, ROWS)
+    return estimate.work(plan(settings, Sources(model="m", tokenizer="t", data="d")), have)
 
 
 def test_tokens_of_plain_spin() -> None:
@@ -223,10 +227,93 @@ def test_kernels_of_products_are_bounded_where_nobody_says_otherwise(monkeypatch
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_stages_hold_what_was_estimated(name: str, tmp_path: Path) -> None:
     """Each in a process of its own, on the embedded toy; 0.8 to 1.2 of what they then hold at most."""
-    script = runpy.run_path(str(ROOT / "scripts/memory.py"))
+    script = runpy.run_path(str(ROOT / "scripts/estimates.py"))
     found = script["case"]([*script["TOY"], *script["CASES"][name]], tmp_path)
     assert {one.kind for one in found} == {"sft", "generate", "score", "train"}
     assert all(0.8 < one.ratio < 1.2 for one in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kl", "fictitious play"])
+def test_stages_read_and_leave_what_was_estimated(name: str, tmp_path: Path) -> None:
+    """Tokens counted row by row, and files, of the embedded toy: 0.8 to 1.2 of the plan once the data are prepared, and
+    once 16 answers are drawn. Of disk the tables too; an evaluation is some kilobytes.
+    """
+    script = runpy.run_path(str(ROOT / "scripts/estimates.py"))
+    found = script["game"]([*script["TOY"], *script["GAMES"][name]], tmp_path)
+    assert len(found) == 4
+    for what, kinds in found.items():
+        assert {"generate", "score", "train", "all"} <= {one.kind for one in kinds}
+        assert all(0.8 < one.ratio < 1.2 for one in kinds if one.kind != "evaluate"), (what, kinds)
+
+
+def test_what_is_prepared_and_drawn_is_measured_off_the_ends_of_its_files(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = {split: [row(f"{split}-{i}", rng) for i in range(600 if split is Split.train else 9)] for split in DATA}
+    for split, some in rows.items():
+        tables.write(tmp_path / f"{split}.parquet", some, tables.EXAMPLES)
+    have = amounts.measured(tmp_path, None)
+    assert have is not None and have.measured and have.rows == {Split.train: 600, Split.heldout: 9}
+    for split, some in rows.items():
+        assert have.prompt[split] == pytest.approx(statistics.mean(len(one["prompt_ids"]) for one in some))
+        assert have.real[split] == pytest.approx(statistics.mean(len(one["real_ids"]) for one in some))
+    assert have.drawn == have.real[Split.train]  # nothing else is known
+    answers = [{"example_id": str(i), "generated_ids": [1] * n, "generated": ""} for i, n in enumerate((1, 2, 6))]
+    tables.write(tmp_path / "answers.parquet", answers, tables.ANSWERS)
+    have = amounts.measured(tmp_path, tmp_path / "answers.parquet")
+    assert have is not None and have.drawn == 3
+    (tmp_path / "heldout.parquet").write_bytes(b"no table")
+    assert amounts.measured(tmp_path, None) is None and amounts.measured(tmp_path / "nowhere", None) is None
+
+
+DATA = (Split.train, Split.heldout)
+
+
+def row(name: str, rng: random.Random) -> dict[str, object]:
+    prompt, real = ([rng.randrange(50) for _ in range(rng.randint(1, most))] for most in (9, 30))
+    made = {"example_id": name, "prompt_ids": prompt, "real_ids": real, "data_logprob": None, "source": None}
+    return made | {"prompt": str(prompt), "real": str(real)}
+
+
+def test_tokens_at_measured_lengths_are_a_sum_over_rows() -> None:
+    """A game without a draw: means times rows are exactly the tokens, for every kind of stage."""
+    settings = loaded(*OWN, "regularizer=kl", "alpha=0.5", "generation.temperature=0.9", "schedule.epochs=2")
+    have = amounts.Amounts(ROWS, {Split.train: 3.0}, {Split.train: 4.0}, drawn=2.5, measured=True)
+    found = estimate.work(plan(settings, Sources(model="m", tokenizer="t", data="d")), have)
+    drawn, pairs = 3 * 100 * 2.5, 3 * 2 * 100
+    scored = 3 * 100 * (3 + 4 + 2.5) + 2 * 100 * (3 + 2.5)  # by each iterate; from 1 on the base reads the answers too
+    scored += 2 * 0  # it has the real ones from before
+    assert found == estimate.Work(round(drawn), round(scored), round(pairs * (3 + 4 + 2.5)), pairs, measured=True)
+    assert found.words().startswith("about ") and work("regularizer=none").words().startswith("at most ")
+
+
+def test_a_drawn_answer_is_no_longer_than_its_own_limit() -> None:
+    """Which may lie below that of the data, or above it."""
+    short, long = (work("regularizer=none", f"generation.max_new_tokens={n}") for n in (2, 9))
+    assert (short.drawn, long.drawn) == (3 * 100 * 2, 3 * 100 * 9)
+    assert (short.trained, long.trained) == (3 * 100 * (7 + 5 + 2), 3 * 100 * (7 + 5 + 9))
+
+
+def test_a_plan_says_at_most_and_about_once_the_data_are_prepared(command: Command, tmp_path: Path) -> None:
+    """Of each stage and of all; every number of the first plan bounds that of the second."""
+    words = ["schedule.iterations=1", "dataset.num_prompts=8", "dataset.num_heldout=8", f"outputs={tmp_path}"]
+    words += ["tracker=none", "run_name=run", "evaluation=none", "hardware.threads=1"]
+    at_most = command("plan", *words)
+    before = json.loads(command("plan", *words, "--json").out)
+    assert "tokens: at most" in at_most.out and re.search(r"disk: [\d.]+ MB at most \(", at_most.out)
+    assert re.search(r"todo +iterate-00/sft +[\d.]+k? tokens +[\d.]+ MB +not made yet", at_most.out)
+    assert command("train", *words).code == 0
+    other = [*words, "run_name=other", "seed=1"]  # on the same data
+    made, after = command("plan", *other), json.loads(command("plan", *other, "--json").out)
+    assert "tokens: about" in made.out and "when all is made" in made.out
+    todo = {one["name"]: one for one in after["stages"] if one["status"] == "todo"}
+    assert todo and sum(one["tokens"] for one in todo.values()) == sum(
+        after["tokens"][kind] for kind in ("drawn", "scored", "trained")
+    )
+    for one in before["stages"]:
+        if one["name"] in todo:
+            assert todo[one["name"]]["tokens"] <= one["tokens"] and todo[one["name"]]["disk"] < one["disk"]
+    assert after["disk"]["left"] < after["disk"]["peak"] and not before["disk"]["measured"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

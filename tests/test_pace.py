@@ -7,6 +7,7 @@ import pytest
 from conftest import SMALL, Command
 from test_estimate import ROWS, loaded
 
+from spin_reg.amounts import limits
 from spin_reg.context import EVERY, Logged
 from spin_reg.estimate import pieces, work
 from spin_reg.pace import Timed, duration, left, timed
@@ -39,9 +40,10 @@ def test_what_is_left_goes_by_the_tokens_of_a_stage() -> None:
     first = next(stage for stage in stages if stage.kind == "train")
     line = f'x INFO r: {first.name}: took {{"seconds": 10.0}}\n'
     todo = stages[stages.index(first) + 1 :]
-    listed = pieces(stages, ROWS)
+    have = limits(loaded(*words).dataset, ROWS)
+    listed = pieces(stages, have)
     found = left(listed, {stage.name for stage in todo}, line)
-    trained = [work([stage], ROWS).tokens for stage in stages if stage.kind == "train"]
+    trained = [work([stage], have).tokens for stage in stages if stage.kind == "train"]
     assert found.seconds == pytest.approx(10 * sum(trained[1:]) / trained[0])
     assert found.timed == ("train",) and found.unknown == ("generate", "score")
     assert "generate, score not timed yet" in found.words()

@@ -88,7 +88,7 @@ def test_ten_iterates_of_an_adapter_take_little_disk(model: Path, command: Comma
 @pytest.mark.timeout(1500)
 def test_stages_hold_what_was_estimated(model: Path, tmp_path: Path) -> None:
     """Each in a process of its own, an adapter under autocast; 0.8 to 1.2 of what they then hold at most."""
-    script = runpy.run_path(str(ROOT / "scripts/memory.py"))
+    script = runpy.run_path(str(ROOT / "scripts/estimates.py"))
     own = ["model=pretrained", f"model.name_or_path={model}", f"dataset.path={DATA}"]
     found = script["case"]([*script["REAL"], *own, *script["REAL_CASES"]["lora bf16"]], tmp_path)
     assert {one.kind for one in found} == {"generate", "score", "train"}

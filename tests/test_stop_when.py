@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL, Command, read_jsonl
 from test_config import composed
 
-from spin_reg import durable, launch, results, rundir, runner, space
+from spin_reg import durable, outlook, results, rundir, runner, space
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError
 from spin_reg.metrics import StopWhen
@@ -78,7 +78,8 @@ def test_a_game_that_gets_worse_twice_ends_and_goes_on_when_told_to(
 def test_a_game_that_ended_keeps_what_one_more_iteration_needs() -> None:
     words = ("regularizer=mixture_of_two", "keep_iterates=needed")
     long, short, sources = composed(*words, "schedule.iterations=6"), composed(*words, "schedule.iterations=3"), SOURCES
-    made = launch.Planned(long, Path(), Path(), sources, [], [], True, stop=results.Stop(3, "eval/heldout_nll", (1.0,)))
+    stop = results.Stop(3, "eval/heldout_nll", (1.0,))
+    made = outlook.Planned(long, Path(), Path(), sources, [], [], True, stop=stop)
     assert made.future == space.future(short, sources) != space.future(long, sources)
     assert {"iteration-01/train", "iteration-02/train"} <= made.future  # iterates 2 and 3
 

@@ -1,0 +1,114 @@
+"""How many examples a run has and how long they are: as prepared and drawn so far, or at most by the settings."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spin_reg.corpora import Dataset, Toy
+from spin_reg.errors import DamagedError
+from spin_reg.plan import Stage
+from spin_reg.roles import answers_role
+from spin_reg.specs import GenerateSpec, ScoreSpec, Split
+
+log = logging.getLogger(__name__)
+RECORD = 2000  # bytes of a stage's stage.json
+PER_EXAMPLE = ("example_id", "source")  # the columns of prepared data that the tables of later stages have too
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Examples, tokens and bytes.
+
+    Attributes:
+        rows: examples of each split, or as many as the settings allow (0: unknown).
+        prompt, real: tokens of a prompt and of its real answer, the means of a split.
+        drawn: tokens of an answer that an iterate draws, the mean, where its own limit is no lower.
+        row: bytes of a row of a table beside its tokens. prompt_token, answer_token: bytes of a token there, as a
+            number and as text.
+        small: bytes of a stage's small files.
+        measured: whether these are means that were measured; else every number is the most that it can be.
+    """
+
+    rows: Mapping[Split, int]
+    prompt: Mapping[Split, float]
+    real: Mapping[Split, float]
+    drawn: float = math.inf
+    row: float = 200.0
+    prompt_token: float = 8.0
+    answer_token: float = 8.0
+    small: int = 1 << 15
+    measured: bool = False
+
+
+def limits(dataset: Dataset, rows: Mapping[Split, int] | None = None) -> Amounts:
+    """Every prompt and answer at its limit, and at most as many `rows`, or as the settings ask for."""
+    train, held = dataset.num_prompts or 0, dataset.num_heldout
+    both = {Split.train: train, Split.heldout: held}
+    if isinstance(dataset, Toy):
+        both |= {Split.retained_train: train, Split.retained_heldout: held}
+    return Amounts(
+        rows=both if rows is None else rows,
+        prompt=dict.fromkeys(Split, float(dataset.max_prompt_tokens)),
+        real=dict.fromkeys(Split, float(dataset.max_response_tokens)),
+    )
+
+
+def measured(data: Path, answers: Path | None) -> Amounts | None:
+    """The means of prepared data and of a table of answers, read off the ends of their files; None where they are not
+    there, or cannot be read: the stage that needs them says why.
+
+    Args:
+        data: the folder of the prepared data. answers: a table drawn from them; None: drawn answers are taken to be as
+            long as the real ones.
+    """
+    paths = {split: data / f"{split}.parquet" for split in Split}
+    paths = {split: path for split, path in paths.items() if path.is_file()}
+    if not paths:
+        return None
+    from spin_reg import tables  # a plan without data does not wait for it
+
+    try:
+        ends = {split: tables.columns(path) for split, path in paths.items()}
+        drawn = None if answers is None else tables.columns(answers)
+    except DamagedError as error:
+        log.debug("no lengths of %s: %s", data, error)
+        return None
+    rows = {split: table.rows for split, table in ends.items()}
+    prompt = {split: table.mean("prompt_ids") for split, table in ends.items()}
+    real = {split: table.mean("real_ids") for split, table in ends.items()}
+    train = ends[Split.train]
+    return Amounts(
+        rows=rows,
+        prompt=prompt,
+        real=real,
+        drawn=real[Split.train] if drawn is None else drawn.mean("generated_ids"),
+        row=sum(train.bytes[name] for name in PER_EXAMPLE) / train.rows,
+        prompt_token=(train.bytes["prompt"] + train.bytes["prompt_ids"]) / train.values["prompt_ids"],
+        answer_token=(train.bytes["real"] + train.bytes["real_ids"]) / train.values["real_ids"],
+        small=RECORD + train.beside,
+        measured=True,
+    )
+
+
+def drawing(spec: GenerateSpec) -> float:
+    """The share of a split's prompts that an iterate draws an answer to.
+
+    A draw deals every prompt to one of the window's iterates: each is counted as if it got its share.
+    """
+    return 1.0 if spec.draw is None else _share(spec.draw.samplers[-1], spec.k)
+
+
+def scoring(stage: Stage, spec: ScoreSpec) -> tuple[float, float, float]:
+    """The shares of a split's prompts, of their real answers and of drawn ones (may be above 1) that a stage reads."""
+    shares = []
+    for j in spec.window:
+        made = stage.needs[answers_role(j)].spec
+        drawn = spec.draw or (made.draw if isinstance(made, GenerateSpec) else None)  # under `reuse`: what is left
+        shares.append(1.0 if drawn is None else _share(drawn.samplers[-1], j))
+    return 1.0 if spec.real else min(1.0, sum(shares)), float(spec.real), sum(shares)
+
+
+def _share(sampler: Sequence[tuple[int, float]], k: int) -> float:
+    return dict(sampler).get(k, 0.0)

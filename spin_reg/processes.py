@@ -188,7 +188,6 @@ class _Hearing:
     job: Job
     context: Context
     done: int = 0
-    asked: bool = False
     failure: SpinRegError | None = field(default=None)
 
     def poll(self) -> None:
@@ -198,10 +197,8 @@ class _Hearing:
         self.context.poll()
 
     def ask(self) -> None:
-        if not self.asked:
-            self.asked = True
-            self.board.ask(stopping.asked() or signal.SIGTERM)
         self._hear()
+        self.board.ask(stopping.asked() or signal.SIGTERM)
 
     def rest(self) -> None:
         """What came last, of processes that have ended."""

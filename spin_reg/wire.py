@@ -22,13 +22,17 @@ Message = dict[str, Any]
 
 @dataclass
 class Peer:
-    """A worker as it is known here: its rank and process id once it has said them; `done`: it has said its last."""
+    """A worker as it is known here: its rank and process id once it has said them; `done`: it has said its last.
+
+    `asked`: it has been told of a signal.
+    """
 
     connection: socket.socket
     rest: bytes = b""
     rank: int = -1
     pid: int = 0
     done: bool = False
+    asked: bool = False
 
 
 class Board:
@@ -86,8 +90,9 @@ class Board:
         return True
 
     def ask(self, number: int) -> None:
-        """Have every worker hear a signal."""
-        for peer in self._peers:
+        """Have every worker that is heard by now hear a signal, once: who is still to come does so at a later call."""
+        for peer in (peer for peer in self._peers if not peer.asked):
+            peer.asked = True
             with suppress(OSError):
                 peer.connection.sendall(json.dumps({"signal": number}).encode() + b"\n")
 

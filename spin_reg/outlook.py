@@ -53,7 +53,7 @@ class Planned:
 
     def folder(self, stage: Stage) -> Path:
         """Where a stage's files lie, or will: here, or in the run they are taken over from."""
-        copies = [] if (self.root / stage.folder).is_dir() else rundir.elsewhere(self.outputs, stage, {})
+        copies = [] if (self.root / stage.folder).is_dir() else rundir.elsewhere(self.outputs, stage)
         return next(iter(copies), self.root / stage.folder)
 
     @cached_property

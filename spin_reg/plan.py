@@ -1,6 +1,6 @@
 """The plan: a pure function from settings to the list of stages, each after what it needs."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from spin_reg import judges, opponents, policies
 from spin_reg.config import Config
@@ -196,8 +196,12 @@ class _Builder:
         An iterate has those of its own answers from drawing them, where they are the same (`GenerateSpec.scored`).
         """
         assert isinstance(answers.spec, AnswersSpec)
+        return self._held(k, answers, first) or self._score(k, answers.spec.split, [answers], real=False, first=first)
+
+    def _held(self, k: int, answers: Stage, first: int | None = None) -> Stage | None:
+        """The stage that holds iterate k's log-probs of these answers, if the plan has one."""
         known = answers if _brings(k, answers) else self.scores.get((k, answers.name))
-        return known or self._score(k, answers.spec.split, [answers], real=False, first=first)
+        return known or self.stages.get(policies.scores_name(k, [answers], first=first))
 
     def together(self, k: int, split: Split, answers: Sequence[Stage], *, real: bool) -> None:
         """Have iterate k read each prompt once with all these answers, and the real one, as training reads pairs."""
@@ -221,9 +225,7 @@ class _Builder:
             policy=self.policy,
             hardware=c.hardware,
         )
-        tails = [made[j].name.partition("/answers/")[2] for j in window]
-        name = f"iterate-{k:02d}/scores/{(tails or [split])[0]}" + ("-real" if real else "")
-        name += "".join(f"-from-{j:02d}" for j in window) + ("" if first is None else f"-first-{first}")
+        name = policies.scores_name(k, [made[j] for j in window], split if real else None, first)
         needs = {"data": self.data(), "model": self.iterate(k)}
         return self._add(name, spec, needs | {answers_role(j): made[j] for j in window})
 
@@ -312,24 +314,21 @@ class _Builder:
             support, scorers = opponents.support(reference), opponents.scorers(reference, j)
             if not scorers <= support:  # it has no value for answers from outside its window
                 continue
-            there, more = len(self.stages), {}
-            for role, stage in self._entry(i, j, support, scorers):
-                more[role] = stage
-                if len(self.stages) > there and not self.config.evaluation.crossplay:
-                    break  # a table that is not there: the rest need not be looked at
-            else:
-                found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
-                continue
+            there, whole = len(self.stages), self.config.evaluation.crossplay
+            answers = self.heldout_answers(j)
+            if whole or all(self._held(scorer, answers) for scorer in {i} | scorers):
+                more = self._entry(i, answers, support, scorers)
+                if whole or len(self.stages) == there:
+                    found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
+                    continue
             while len(self.stages) > there:
                 self.stages.popitem()
         return found
 
-    def _entry(self, i: int, j: int, support: Set[int], scorers: Set[int]) -> Iterator[tuple[str, Stage]]:
-        """What iterate i's game against iterate j's held-out answers is worked out from, table by table."""
-        answers = self.heldout_answers(j)
-        yield "data", self.data()
-        yield answers_role(j), answers
-        for scorer in sorted({i} | scorers):
-            yield generated_role(scorer, j), self.generated(scorer, answers)
-        for scorer in sorted({i} | support):
-            yield real_role(scorer), self.real(scorer, Split.heldout)
+    def _entry(self, i: int, answers: Stage, support: Set[int], scorers: Set[int]) -> dict[str, Stage]:
+        """What iterate i's game against another's held-out answers is worked out from, table by table."""
+        assert isinstance(answers.spec, AnswersSpec)
+        j = answers.spec.k
+        needs = {"data": self.data(), answers_role(j): answers}
+        needs |= {generated_role(scorer, j): self.generated(scorer, answers) for scorer in sorted({i} | scorers)}
+        return needs | {real_role(scorer): self.real(scorer, Split.heldout) for scorer in sorted({i} | support)}

@@ -1,6 +1,6 @@
 """How the iterates of a run are loaded, trained and sampled from, and by which tasks they are judged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from spin_reg import opponents
@@ -9,7 +9,8 @@ from spin_reg.config import Config
 from spin_reg.generation import Generation
 from spin_reg.schedules import at
 from spin_reg.settings import Dtype, Lora, Precision, Pretrained, Quantize
-from spin_reg.specs import BenchmarkSpec, Policy, TrainSpec
+from spin_reg.specs import AnswersSpec, BenchmarkSpec, Policy, Split, TrainSpec
+from spin_reg.stage import Stage
 
 
 def policy(config: Config) -> Policy:
@@ -69,6 +70,14 @@ def drawn_otherwise(config: Config, sampled: Generation, most: int) -> str:
     if sampled == config.generation:
         return cut
     return (f"-temperature{sampled.temperature}".removesuffix(".0") if sampled.temperature else "-greedy") + cut
+
+
+def scores_name(k: int, answers: Sequence[Stage], real: Split | None = None, first: int | None = None) -> str:
+    """The name of the stage in which iterate k reads these answers, and the `real` ones of a split, or the first of them."""
+    tails = [stage.name.partition("/answers/")[2] for stage in answers] or [str(real)]
+    whose = "".join(f"-from-{stage.spec.k:02d}" for stage in answers if isinstance(stage.spec, AnswersSpec))
+    only = "" if first is None else f"-first-{first}"
+    return f"iterate-{k:02d}/scores/{tails[0]}{'-real' if real else ''}{whose}{only}"
 
 
 def benchmarks(config: Config, tasks: Mapping[str, TaskFiles], k: int) -> list[BenchmarkSpec]:

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
@@ -229,13 +229,20 @@ def lock(outputs: Path, stage: Stage) -> Path:
     return outputs / STAGES / f".{stage.fingerprint}.lock"
 
 
-def elsewhere(outputs: Path, stage: Stage, inputs: Mapping[str, str | None]) -> list[Path]:
-    """Other runs' folders of this stage, made from the same inputs; sizes are looked at, contents are not."""
+def elsewhere(outputs: Path, stage: Stage, inputs: Callable[[], Mapping[str, str | None]] = dict) -> list[Path]:
+    """Other runs' folders of this stage, made from the same inputs; sizes are looked at, contents are not.
+
+    Args:
+        inputs: tells what it is to be made from, and is asked only where there are such folders.
+    """
     folder, first = outputs / STAGES, f"{stage.fingerprint}-"
     there = os.listdir(folder) if folder.is_dir() else []  # a pattern of its own for each stage is slow to compile
     names = sorted(name for name in there if name.startswith(first) and not name.endswith(".tmp"))
+    if not names:
+        return []
+    made_from = inputs()
     lines = [(folder / name).read_text(encoding="utf-8", errors="replace") for name in names]
-    return [outputs / line for line in lines if _inside(line) and _usable(outputs / line, stage, inputs)]
+    return [outputs / line for line in lines if _inside(line) and _usable(outputs / line, stage, made_from)]
 
 
 def _usable(folder: Path, stage: Stage, inputs: Mapping[str, str | None]) -> bool:

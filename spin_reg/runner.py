@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,7 +70,7 @@ def state_of(root: Path, outputs: Path, stage: Stage) -> State:
             raise
         return State(Status.todo, f"{damage.where} is damaged ({damage.why}), so it is made again", damaged=True)
     if found is None:
-        copies = rundir.elsewhere(outputs, stage, contents(root, stage))
+        copies = rundir.elsewhere(outputs, stage, partial(contents, root, stage))
         if copies:
             return State(Status.reuse, f"the same stage lies in {copies[0].relative_to(outputs)}")
         begun = (root / f"{stage.folder}.tmp").exists()
@@ -182,7 +183,7 @@ def _bring(stage: Stage, state: State, outputs: Path, maker: "_Maker", context: 
 
 def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:
     """Take the stage over from another run; False where every copy turns out to be damaged."""
-    for lies in rundir.elsewhere(outputs, stage, contents(root, stage)):
+    for lies in rundir.elsewhere(outputs, stage, partial(contents, root, stage)):
         try:
             rundir.adopt(root, stage, lies)
             log.info("%s: taken from %s", stage.name, lies.relative_to(outputs))

@@ -73,7 +73,7 @@ def drawn_otherwise(config: Config, sampled: Generation, most: int) -> str:
 
 
 def scores_name(k: int, answers: Sequence[Stage], real: Split | None = None, first: int | None = None) -> str:
-    """The name of the stage in which iterate k reads these answers, and the `real` ones of a split, or the first of them."""
+    """What the stage is called in which iterate k reads these answers, and a split's real ones; the `first` of them."""
     tails = [stage.name.partition("/answers/")[2] for stage in answers] or [str(real)]
     whose = "".join(f"-from-{stage.spec.k:02d}" for stage in answers if isinstance(stage.spec, AnswersSpec))
     only = "" if first is None else f"-first-{first}"

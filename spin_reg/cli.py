@@ -236,7 +236,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any], verb: s
         if sweeps.MULTIRUN & set(words):
             return sweeps.run(compose, words, task, full=bool(full))
         settings = [word for word in words if word not in single.HELP]
-        if not single.plain(settings):
+        if not single.plain(settings) or single.sweeping(conf_dir()):
             compose(alone)()
         elif len(settings) < len(words):
             single.show_help(conf_dir(), settings, page)

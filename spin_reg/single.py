@@ -23,6 +23,11 @@ def plain(words: Sequence[str]) -> bool:
     return not any(word.startswith("-") or "hydra" in word.partition("=")[0] for word in words)
 
 
+def sweeping(conf: Path) -> bool:
+    """Whether a file of the tree may turn a run into a sweep, as an experiment's may: by hydra.mode=MULTIRUN in it."""
+    return any("MULTIRUN" in path.read_text(encoding="utf-8") for path in conf.rglob("*.yaml"))
+
+
 def run(conf: Path, words: Sequence[str], task: Callable[[Any], Any]) -> None:
     """What `hydra.main` does with such words once it knows the mode.
 

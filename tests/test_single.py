@@ -1,5 +1,6 @@
 """A single run's settings are composed once, and the page too: nothing but the time may tell it from Hydra's way."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,18 @@ def test_only_what_speaks_to_hydra_is_composed_for_its_mode(
     assert not asked
     assert command("plan", "alpha=0,0.5", "hydra.mode=MULTIRUN").out.count("run outputs/") == 2
     assert asked == [["alpha=0,0.5", "hydra.mode=MULTIRUN"]]
+
+
+def test_an_experiment_that_sweeps_by_itself_does(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Hydra, "get_mode", MODE)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(cli.conf_dir(), tmp_path / "conf")
+    sweep = "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      alpha: 0,0.5\n"
+    (tmp_path / "conf/experiment/strengths.yaml").write_text(sweep)
+    monkeypatch.setattr(cli, "conf_dir", lambda: tmp_path / "conf")
+    assert command("plan", "experiment=strengths").out.count("run outputs/") == 2
 
 
 @pytest.mark.parametrize("words", BAD)

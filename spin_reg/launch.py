@@ -123,10 +123,10 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
                 raise RunBusy("This run has changed.", where=str(root), why=why, todo="run the same command again")
         environment(settings)
         _write_provenance(planned, overrides)
-        return _run(planned, listener)
+        return _run(planned, listener, read)
 
 
-def _run(planned: Planned, listener: Listener) -> Planned:
+def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None) -> Planned:
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
         _warn_of_versions(root)
@@ -137,7 +137,7 @@ def _run(planned: Planned, listener: Listener) -> Planned:
         enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
         results.record(root, planned.stop)
         if planned.whole:
-            survey.record(root, outlook.pieces(planned))
+            survey.record(root, outlook.pieces(planned, read))
         try:
             with tracking.mirror(root, settings.tracker, config.flatten(plain(settings))) as mirror:
                 runner.run_all(

@@ -76,7 +76,6 @@ def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Nee
     The peak, which must find room, is always reckoned with every row at its limits.
     """
     settings, have = planned.config, planned.have
-    most = amounts.limits(settings.dataset, read or (have.rows if have.measured else None))
     needed = partial(
         space.need,
         planned.stages,
@@ -85,7 +84,7 @@ def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Nee
         keep=settings.keep_iterates,
         future=planned.future,
     )
-    bound = needed(most)
+    bound = needed(_most(planned, read))
     return replace(needed(have), peak=bound.peak) if have.measured else bound
 
 
@@ -111,5 +110,13 @@ def time_left(planned: Planned) -> pace.Left:
     return pace.left(pieces(planned), {stage.name for stage in planned.todo}, text)
 
 
-def pieces(planned: Planned) -> list[pace.Piece]:
-    return estimate.pieces(planned.stages, planned.have)
+def pieces(planned: Planned, read: Mapping[Split, int] | None = None) -> list[pace.Piece]:
+    """All stages with their tokens, every row at its limits: a run that was stopped plans as one that was not.
+
+    `read`: as in `disk`.
+    """
+    return estimate.pieces(planned.stages, _most(planned, read))
+
+
+def _most(planned: Planned, read: Mapping[Split, int] | None) -> Amounts:
+    return amounts.limits(planned.config.dataset, read or (planned.have.rows if planned.have.measured else None))

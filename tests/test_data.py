@@ -114,6 +114,8 @@ def test_ones_own_file_trains_the_tiny_model(train: Callable[..., Path], tmp_pat
     summary = json.loads((root / "data/summary.json").read_text())
     assert (summary["rows"], summary["duplicates"], len(summary["dropped"])) == (42, 1, 1)
     assert "row 42 " in summary["dropped"][0]
+    tokens = {piece["name"]: piece["tokens"] for piece in json.loads((root / ".plan.json").read_text())}
+    assert tokens["iteration-00/train"] == 2 * 32 * (512 + 16 + 4)  # rows counted at the start, two epochs
     metrics = json.loads((root / "iterate-01/evaluate/metrics.json").read_text())
     assert "eval/kl_data" not in metrics and metrics["eval/heldout_nll"] > 0
     row = pq.read_table(root / "iteration-00/pairs.parquet").to_pylist()[0]

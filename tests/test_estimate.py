@@ -234,13 +234,12 @@ def test_stages_hold_what_was_estimated(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kl", "fictitious play"])
-def test_stages_read_and_leave_what_was_estimated(name: str, tmp_path: Path) -> None:
-    """Tokens counted row by row, and files, of the embedded toy: 0.8 to 1.2 of the plan once the data are prepared, and
-    once 16 answers are drawn. Of disk the tables too; an evaluation is some kilobytes.
+def test_stages_read_and_leave_what_was_estimated(tmp_path: Path) -> None:
+    """Fictitious play, whose iterates share the prompts: tokens counted row by row, and files, of the embedded toy are
+    0.8 to 1.2 of the plan once the data are prepared, and once 16 answers are drawn. An evaluation is some kilobytes.
     """
     script = runpy.run_path(str(ROOT / "scripts/estimates.py"))
-    found = script["game"]([*script["TOY"], *script["GAMES"][name]], tmp_path)
+    found = script["game"]([*script["TOY"], *script["GAMES"]["fictitious play"]], tmp_path)
     assert len(found) == 4
     for what, kinds in found.items():
         assert {"generate", "score", "train", "all"} <= {one.kind for one in kinds}

@@ -10,7 +10,7 @@ from spin_reg.corpora import Dataset, Toy
 from spin_reg.errors import DamagedError
 from spin_reg.plan import Stage
 from spin_reg.roles import answers_role
-from spin_reg.specs import GenerateSpec, ScoreSpec, Split
+from spin_reg.specs import AnswersSpec, GenerateSpec, ScoreSpec, Split
 
 log = logging.getLogger(__name__)
 RECORD = 2000  # bytes of a stage's stage.json
@@ -90,6 +90,19 @@ def measured(data: Path, answers: Path | None) -> Amounts | None:
         small=RECORD + train.beside,
         measured=True,
     )
+
+
+def length(spec: AnswersSpec, have: Amounts) -> float:
+    """Tokens of an answer; those that were published are kept whole, whatever the limit of drawn ones."""
+    drawn = min(have.drawn, spec.max_new_tokens)
+    return drawn if isinstance(spec, GenerateSpec) else max(drawn, have.real[spec.split])
+
+
+def answer(stage: Stage, have: Amounts) -> float:
+    """Tokens of an answer, no real one, that a stage reads, itself or in its pairs."""
+    near = [stage, *(need for role, need in stage.needs.items() if role == "pairs")]
+    specs = [need.spec for one in near for need in one.needs.values()]
+    return max((length(spec, have) for spec in specs if isinstance(spec, AnswersSpec)), default=0.0)
 
 
 def drawing(spec: GenerateSpec) -> float:

@@ -13,7 +13,6 @@ from spin_reg.plan import Stage
 from spin_reg.settings import Dtype, Hardware, Model, Optimizer, Precision, Pretrained, Quantize, Sharding
 from spin_reg.space import BYTES, SLOTS, human
 from spin_reg.specs import (
-    AnswersSpec,
     BenchmarkSpec,
     ConverseSpec,
     DivergenceSpec,
@@ -152,11 +151,13 @@ def work(todo: Sequence[Stage], have: Amounts) -> Work:
         elif isinstance(spec, ScoreSpec):
             read, real, made = amounts.scoring(stage, spec)
             some = have.rows[spec.split] if spec.first is None else min(spec.first, have.rows[spec.split])
-            a_prompt = read * have.prompt[spec.split] + real * have.real[spec.split] + made * _answer(stage, have)
+            a_prompt = (
+                read * have.prompt[spec.split] + real * have.real[spec.split] + made * amounts.answer(stage, have)
+            )
             scored += some * a_prompt
         elif isinstance(spec, DivergenceSpec):
             some = min(spec.first, have.rows[Split.heldout])
-            scored += 2 * some * (have.prompt[Split.heldout] + _answer(stage, have))
+            scored += 2 * some * (have.prompt[Split.heldout] + amounts.answer(stage, have))
         elif isinstance(spec, SftSpec):
             splits = [split for split in (Split.train, Split.retained_train) if split in have.rows]
             trained += spec.sft.epochs * sum(have.rows[one] * (have.prompt[one] + have.real[one]) for one in splits)
@@ -164,16 +165,9 @@ def work(todo: Sequence[Stage], have: Amounts) -> Work:
             made = len(spec.window) if spec.loss.plays and _union(stage) else 1
             some = have.rows[Split.train] * made * spec.epochs
             pairs += some if spec.loss.plays else 0
-            answers = have.real[Split.train] + (_answer(stage, have) if spec.loss.plays else 0)
+            answers = have.real[Split.train] + (amounts.answer(stage, have) if spec.loss.plays else 0)
             trained += some * (have.prompt[Split.train] + answers)  # the prompt is read once
     return Work(round(drawn), round(scored), round(trained), pairs, have.measured)
-
-
-def _answer(stage: Stage, have: Amounts) -> float:
-    """Tokens of a drawn answer that a stage reads, itself or in its pairs."""
-    near = [stage, *(need for role, need in stage.needs.items() if role == "pairs")]
-    specs = [need.spec for one in near for need in one.needs.values()]
-    return min(have.drawn, max((spec.max_new_tokens for spec in specs if isinstance(spec, AnswersSpec)), default=0))
 
 
 def _union(stage: Stage) -> bool:

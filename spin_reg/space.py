@@ -147,7 +147,7 @@ def _table(stage: Stage, have: Amounts) -> float:
         rows = have.rows.items()
         return sum(n * (have.row + _tokens(have, split, answers * have.real[split])) for split, n in rows)
     if isinstance(spec, AnswersSpec):
-        length = min(have.drawn, spec.max_new_tokens)
+        length = amounts.length(spec, have)
         share = amounts.drawing(spec) if have.measured and isinstance(spec, GenerateSpec) else 1
         a_score = _score(have, spec.split, length) if isinstance(spec, GenerateSpec) and spec.scored else 0
         return share * have.rows[spec.split] * (have.row + have.answer_token * length + a_score)
@@ -155,14 +155,14 @@ def _table(stage: Stage, have: Amounts) -> float:
         _, real, drawn = amounts.scoring(stage, spec) if have.measured else (1, spec.real, spec.most - spec.real)
         some = min(spec.first or have.rows[spec.split], have.rows[spec.split])
         scores = real * _score(have, spec.split, have.real[spec.split])
-        return some * (scores + drawn * _score(have, spec.split, _drawn(stage, have)))
+        return some * (scores + drawn * _score(have, spec.split, amounts.answer(stage, have)))
     if isinstance(spec, PairsSpec):
         answers = 1 if spec.draw is not None else len(spec.window)
-        a_pair = _tokens(have, Split.train, have.real[Split.train] + _drawn(stage, have))
+        a_pair = _tokens(have, Split.train, have.real[Split.train] + amounts.answer(stage, have))
         return have.rows[Split.train] * answers * (have.row + 16 + a_pair)
     if isinstance(spec, EvaluateSpec):
         split = Split.heldout
-        length = have.prompt[split] + have.real[split] + _drawn(stage, have)
+        length = have.prompt[split] + have.real[split] + amounts.answer(stage, have)
         return EVALUATED + min(spec.num_samples, have.rows[split]) * TOKEN * length
     return 0
 
@@ -175,12 +175,6 @@ def _tokens(have: Amounts, split: Split, answers: float) -> float:
 def _score(have: Amounts, split: Split, length: float) -> float:
     """Bytes of a row of a score table: the tokens' own log-probs are kept of held-out answers."""
     return have.row + 8 + (0 if split is Split.train else 4 * length)
-
-
-def _drawn(stage: Stage, have: Amounts) -> float:
-    """Tokens of a drawn answer that a stage reads."""
-    limits = [need.spec.max_new_tokens for need in stage.needs.values() if isinstance(need.spec, AnswersSpec)]
-    return min(have.drawn, max(limits, default=0))
 
 
 def free(folder: Path) -> int:

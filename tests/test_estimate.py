@@ -293,6 +293,13 @@ def test_a_drawn_answer_is_no_longer_than_its_own_limit() -> None:
     assert (short.trained, long.trained) == (3 * 100 * (7 + 5 + 2), 3 * 100 * (7 + 5 + 9))
 
 
+def test_published_answers_are_whole_whatever_the_limit_of_drawn_ones() -> None:
+    """Iteration 0 trains on those of the data set, at their limit of 5 tokens; 1 and 2 on answers of at most 2."""
+    found = work("dataset.generated=published", "regularizer=none", "generation.max_new_tokens=2")
+    assert found.drawn == 2 * 100 * 2
+    assert found.trained == 100 * (7 + 5 + 5) + 2 * 100 * (7 + 5 + 2)
+
+
 def test_a_plan_says_at_most_and_about_once_the_data_are_prepared(command: Command, tmp_path: Path) -> None:
     """Of each stage and of all; every number of the first plan bounds that of the second."""
     words = ["schedule.iterations=1", "dataset.num_prompts=8", "dataset.num_heldout=8", f"outputs={tmp_path}"]

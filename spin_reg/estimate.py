@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from spin_reg import amounts, sizes, vllm_engine
+from spin_reg import amounts, processes, sizes, vllm_engine
 from spin_reg.amounts import Amounts
 from spin_reg.corpora import Dataset
 from spin_reg.generation import Backend
@@ -79,27 +79,30 @@ class Held:
 class Memory:
     """By kind of stage, what the heaviest of those still to be made may hold; so many `processes` hold as much each.
 
-    `vllm`: whether answers are drawn by vLLM, whose memory is nothing that we reckon.
+    `here`: how many of them are on this machine. `vllm`: whether answers are drawn by vLLM, whose memory is nothing
+    that we reckon.
     """
 
     by_kind: Mapping[str, Held]
     processes: int = 1
+    here: int = 1
     vllm: bool = False
 
     @property
     def most(self) -> int:
-        """Bytes of the heaviest stage, of all its processes."""
-        return self.processes * max((held.total for held in self.by_kind.values()), default=0)
+        """Bytes of the heaviest stage, of all its processes on this machine."""
+        return self.here * max((held.total for held in self.by_kind.values()), default=0)
 
     def words(self, room: int, help: str | None = None) -> str:
         """For people; `room`: bytes of memory that the machine has. `help`: as `helps` found it."""
         if not self.by_kind:
             return _of_vllm() if self.vllm else "nothing left to load"
         listed = ", ".join(f"{kind} {human(held.total)}" for kind, held in self.by_kind.items())
-        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        some = f", {self.here} of them here" if self.here < self.processes else ""
+        each = f" in each of {self.processes} processes{some}" if self.processes > 1 else ""
         text = f"about {listed}{each} (an estimate); {human(room)} of RAM here"
         if self.most > room:
-            over = [kind for kind, held in self.by_kind.items() if self.processes * held.total > room]
+            over = [kind for kind, held in self.by_kind.items() if self.here * held.total > room]
             text += f". It will not fit ({', '.join(over)}): "
             text += help or "no single setting of ours helps enough; combine them, or take another machine"
         return f"{text}; {_of_vllm()}" if self.vllm else text
@@ -227,7 +230,8 @@ def memory(todo: Sequence[Stage], model: Model, rows: Mapping[Split, int] | None
         if stage.kind not in found or held.total > found[stage.kind].total:
             found[stage.kind] = held
     hardware = [stage.spec.hardware for stage in heavy if isinstance(stage.spec, Heavy)]
-    return Memory(found, max(one.processes for one in hardware), vllm=len(ours) < len(heavy))
+    many, here = (max(map(of, hardware)) for of in (processes.count, processes.here))
+    return Memory(found, many, here, vllm=len(ours) < len(heavy))
 
 
 def _by_vllm(stage: Stage) -> bool:
@@ -254,7 +258,7 @@ def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, 
     plain = weights * (quantized or BYTES[model.dtype]) * (1 + isinstance(spec, DivergenceSpec))
     optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
     sharding = spec.hardware.sharding if trains else Sharding.none
-    over = {part: spec.hardware.processes if sharding in kinds else 1 for part, kinds in SHARED.items()}
+    over = {part: processes.count(spec.hardware) if sharding in kinds else 1 for part, kinds in SHARED.items()}
     zero = sharding in (Sharding.zero1, Sharding.zero2)  # a copy of the weights is in the share
     adapter = isinstance(model, Pretrained) and model.lora.rank > 0
     own = 4 if zero or adapter else BYTES[model.dtype]

@@ -49,7 +49,8 @@ def show_json(planned: Planned) -> None:
         "memory_help": helps,
         "time": outlook.time_left(planned),
     }
-    found |= {"processes": planned.config.hardware.processes, "threads": processes.threads(planned.config.hardware)}
+    hardware = planned.config.hardware
+    found |= {"processes": processes.count(hardware), "threads": processes.threads(hardware)}
     found |= {"disk": outlook.disk(planned), "free": space.free(planned.outputs)}
     print(json.dumps(plain(found), ensure_ascii=False, allow_nan=False))
 

@@ -93,10 +93,14 @@ def count(hardware: Hardware) -> int:
     return max(hardware.processes, launched.world())
 
 
+def here(hardware: Hardware) -> int:
+    """How many of them are on this machine."""
+    return launched.local_world() if launched.world() > 1 else hardware.processes
+
+
 def threads(hardware: Hardware) -> int:
     """Threads of one process: what was asked for, or its share of the cores."""
-    here = launched.local_world() if launched.world() > 1 else hardware.processes
-    return hardware.threads or max(1, (os.cpu_count() or 1) // here)
+    return hardware.threads or max(1, (os.cpu_count() or 1) // here(hardware))
 
 
 def words(hardware: Hardware) -> str:

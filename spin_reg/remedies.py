@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from spin_reg import processes
 from spin_reg.estimate import Heavy, memory
 from spin_reg.plan import Stage
 from spin_reg.settings import Lora, Model, Pretrained, Sharding
@@ -35,7 +36,7 @@ def _remedies(todo: Sequence[Stage], model: Model) -> Iterator[tuple[str, list[S
         yield f"generation.batch_size={size}", [_drawing(stage, size) for stage in heavy], model
     if isinstance(model, Pretrained) and model.lora.rank == 0:
         yield "model.lora.rank=16", heavy, replace(model, lora=Lora(rank=16))
-    if any(spec.hardware.processes > 1 and spec.hardware.sharding is Sharding.none for spec in specs):
+    if any(processes.count(spec.hardware) > 1 and spec.hardware.sharding is Sharding.none for spec in specs):
         yield "hardware.sharding=full", _with(heavy, sharding=Sharding.full), model
 
 

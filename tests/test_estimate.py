@@ -14,7 +14,20 @@ from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spin_reg import amounts, config, estimate, launch, models, overrides, processes, remedies, sizes, space, tables
+from spin_reg import (
+    amounts,
+    config,
+    estimate,
+    launch,
+    launched,
+    models,
+    overrides,
+    processes,
+    remedies,
+    sizes,
+    space,
+    tables,
+)
 from spin_reg.plan import Sources, plan
 from spin_reg.schedules import at
 from spin_reg.settings import Pretrained, Tiny
@@ -171,6 +184,28 @@ def test_autocast_holds_cast_weights_and_sharding_a_share_of_what_is_trained(bas
         some = train("hardware.processes=2", f"hardware.sharding={stage}")
         assert (some.parameters, some.gradients) == (4 * count, gradients)
         assert some.optimizer == half.optimizer + 2 * count  # with float32 weights of its own in the share
+
+
+def test_under_a_launcher_its_processes_are_counted(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training counts them, though the settings name none; only those of this machine need room on it."""
+    words = ["model=pretrained", f"model.name_or_path={base}", "dataset=jsonl", "dataset.path=x.jsonl"]
+
+    def planned(*more: str) -> tuple[list[Stage], Pretrained]:
+        settings = loaded(*words, *more)
+        assert isinstance(settings.model, Pretrained)
+        return plan(settings, Sources(model="m", tokenizer="t", data="d")), settings.model
+
+    alone, four = planned("hardware.sharding=full"), planned("hardware.processes=4", "hardware.sharding=full")
+    said, whole = estimate.memory(*four), estimate.memory(*alone)
+    assert (said.processes, said.here) == (4, 4) and "in each of 4 processes (" in said.words(said.most)
+    monkeypatch.setattr(launched._here, "world", 4)
+    monkeypatch.setattr(launched._here, "local_world", 2)
+    found = estimate.memory(*alone)
+    assert found.by_kind == said.by_kind and found.by_kind["train"].total < whole.by_kind["train"].total
+    assert (found.processes, found.here) == (4, 2) and found.most == said.most // 2
+    assert "in each of 4 processes, 2 of them here (" in found.words(found.most)
+    assert "will not fit" in found.words(found.most - 1)
+    assert [word for word, *_ in remedies._remedies(*planned())][-1] == "hardware.sharding=full"
 
 
 def held(base: Path, kind: str, *words: str, rows: dict[Split, int] | None = None) -> estimate.Held:

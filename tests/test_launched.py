@@ -1,5 +1,6 @@
 """The command under torchrun: one process is the run and prints, the others take part; on one machine or on several."""
 
+import json
 import os
 import shutil
 import signal
@@ -66,6 +67,23 @@ def test_a_run_under_torchrun_holds_what_one_in_one_process_holds(made: Path, tm
     assert process.returncode == 0, said
     near(tmp_path / "run", made)
     assert said.count("] iterate-00/answers/train-00") == said.count("\nmodel  ") == 1  # one prints
+
+
+def test_a_plan_under_torchrun_is_printed_once_and_counts_its_processes(tmp_path: Path) -> None:
+    words = ["-m", "spin_reg", "plan", *WORDS, f"outputs={tmp_path}", "hardware.sharding=full"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    said = []
+    for more in ([], ["--json"]):
+        several = [*TORCHRUN, "--standalone", "--nproc-per-node", "3", *words, *more]
+        ended = subprocess.run(several, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        said.append(ended.stdout)
+    shown, found = said[0], json.loads(said[1])
+    assert shown.count("\n  processes: 3 for") == shown.count("in each of 3 processes (") == shown.count("run ") == 1
+    assert found["processes"] == 3
+    asked = [sys.executable, *words, "hardware.processes=3"]
+    ended = subprocess.run([*asked, "--json"], env=environment, capture_output=True, text=True)
+    assert json.loads(ended.stdout) == found
 
 
 NODES = """#!/bin/bash

@@ -45,7 +45,7 @@ from spin_reg.plan import plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, Status
 from spin_reg.settings import KeepIterates
-from spin_reg.specs import BenchmarkSpec, PrepareSpec, Split
+from spin_reg.specs import BenchmarkSpec, PrepareSpec, SftSpec, Split, TrainSpec
 
 QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -129,7 +129,7 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
 def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None) -> Planned:
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
-        _warn_of_versions(root)
+        _warn_of_versions(planned)
         if not planned.config_whole:
             log.warning("%s is damaged or missing: it was written again", root / CONFIG)
         keep = settings.keep_iterates
@@ -241,7 +241,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
         "sources": origins.record(settings, found, before.get("sources", {})),
-        "versions": before.get("versions") or versions.here(),
+        "versions": versions.began(before.get("versions", {}), _also(planned)),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": processes.threads(settings.hardware),
         "processes": processes.count(settings.hardware),
@@ -257,9 +257,15 @@ def _config_whole(root: Path, saved: Mapping[str, Any] | None) -> bool:
     return saved is None or (path.is_file() and file_sha256(path) == saved.get("config_sha256"))
 
 
-def _warn_of_versions(root: Path) -> None:
+def _also(planned: Planned) -> list[str]:
+    """Packages that train what is still to be made, beside those that every run uses."""
+    trains = any(isinstance(stage.spec, SftSpec | TrainSpec) for stage in planned.todo)
+    return processes.packages(planned.config.hardware) if trains else []
+
+
+def _warn_of_versions(planned: Planned) -> None:
     """Versions are provenance: other ones than the run began with are told, not refused."""
-    saved = _saved(root)
+    saved = _saved(planned.root)
     assert saved is not None
-    if changed := versions.changed(saved["versions"]):
+    if changed := versions.changed(saved["versions"], _also(planned)):
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))

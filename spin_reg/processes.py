@@ -59,11 +59,16 @@ def check(hardware: Hardware, model: Model | None = None) -> None:
     if hardware.sharding is not Sharding.none and count(hardware) == 1:
         todo = "give hardware.processes=N, start the command by torchrun, or leave it out"
         raise _unshared(hardware.sharding, "one process has nobody to share with", todo)
-    if hardware.sharding in (Sharding.zero1, Sharding.zero2):
+    if packages(hardware):
         _check_zero(hardware.sharding, model)
     elif hardware.sharding is Sharding.full and isinstance(model, Pretrained) and model.lora.quantize is Quantize.int8:
         why = "the layers of model.lora.quantize=int8 do not find their weights where FSDP2 lays them"
         raise _unshared(hardware.sharding, why, "use model.lora.quantize=nf4, or hardware.sharding=none")
+
+
+def packages(hardware: Hardware) -> list[str]:
+    """What trains beside torch."""
+    return ["deepspeed"] if hardware.sharding in (Sharding.zero1, Sharding.zero2) else []
 
 
 def _check_zero(sharding: Sharding, model: Model | None) -> None:

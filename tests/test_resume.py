@@ -3,12 +3,16 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import fit, launch
+from spin_reg import fit, launch, runner
+from spin_reg.settings import Sharding
+from spin_reg.stage import Stage
 
 Train = Callable[..., Path]
 
@@ -254,3 +258,34 @@ def test_other_package_versions_are_told_when_a_run_goes_on(train: Train, comman
     durable.write_record(root / "run.json", saved)
     result = command("resume", str(root), "schedule.iterations=2")
     assert result.code == 0 and "versions differ from those this run began with: transformers 4.0 ->" in result.err
+
+
+def test_the_version_of_what_trains_is_recorded_where_it_does(
+    train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of DeepSpeed, which the environment may not have, from when on a run trains by it; later it is compared."""
+    from spin_reg import durable, processes, versions
+
+    def alone(stage: Stage, *rest: Any) -> None:
+        if hasattr(stage.spec, "hardware"):
+            hardware = replace(stage.spec.hardware, sharding=Sharding.none)
+            stage = replace(stage, spec=replace(stage.spec, hardware=hardware))
+        runner.run_stage(stage, *rest)
+
+    root = train("schedule.iterations=1")
+    first = durable.read_record(root / "run.json")["versions"]
+    assert "deepspeed" not in first
+    there, told = versions.metadata.version, ["0.19.8"]
+    monkeypatch.setattr(versions.metadata, "version", lambda name: told[0] if name == "deepspeed" else there(name))
+    monkeypatch.setattr(processes, "run_with", lambda hardware: alone)
+    monkeypatch.setattr(processes, "find_spec", lambda name: object())
+    zero = ["hardware=deepspeed", "hardware.threads=1"]
+    for iterations, words in ((1, []), (2, zero), (2, []), (3, zero)):
+        result = command(
+            "train", *SMALL, f"outputs={root.parent}", "run_name=run", *words, f"schedule.iterations={iterations}"
+        )
+        assert result.code == 0, result.err
+        found = durable.read_record(root / "run.json")["versions"]
+        assert found == (first if iterations == 1 else {**first, "deepspeed": "0.19.8"})
+        told[0] = "0.19.8" if iterations == 1 else "0.19.9"
+    assert "versions differ from those this run began with: deepspeed 0.19.8 -> 0.19.9" in result.err

@@ -17,7 +17,7 @@ from conftest import SMALL, Command, read_jsonl
 from safetensors.torch import load_file
 from test_processes import trap  # noqa: F401
 
-from spin_reg import console, processes, sharing
+from spin_reg import console, durable, processes, sharing
 from spin_reg.errors import ConfigError, NonFiniteError
 from spin_reg.settings import Dtype, Hardware, Lora, Pretrained, Quantize, Sharding
 
@@ -172,6 +172,8 @@ def test_several_processes_train_as_one_does(words: list[str], made: Path, root:
     result = command("train", *WORDS, f"outputs={root.parent}", *words)
     assert result.code == 0, result.err
     near(root, made)
+    zero = any("zero" in word or "deepspeed" in word for word in words)
+    assert ("deepspeed" in durable.read_record(root / "run.json")["versions"]) == zero
     model = AutoModelForCausalLM.from_pretrained(root / MODEL)
     assert type(model).__name__ == "LlamaForCausalLM" and model.lm_head.weight.shape == (261, 16)
 

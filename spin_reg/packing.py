@@ -1,7 +1,8 @@
-"""The layout in which scoring and training read answers: a prompt once, its answers as branches, and no padding.
+"""The layout in which scoring and training read answers: what rows begin with in common once, and no padding.
 
-A batch is one row of T slots, [x | y_1 | y_2 | x' | y'_1 ...]: every prompt with its answers behind it. A branch sees
-its prompt and itself and counts its positions from the prompt's end, so each answer is read as if it stood alone:
+A batch is one row of T slots. A prompt with one of its answers is a branch [x | y], and a token has one slot for all
+branches that are the same up to it: a prompt for its answers, a system prompt for all that begin with it. A slot sees
+what stands before it on its branch, and its position counts from there, so each answer is read as if it stood alone:
 attention unfolds the slots into one causal row an answer, all else reads a slot once. An answer's last token predicts
 nothing and is left out. Log-probs are those of the plain path, `logprobs.token_logprobs`, up to rounding.
 """
@@ -26,7 +27,7 @@ class Group:
 
     @property
     def slots(self) -> int:
-        """Tokens that the model reads: the prompt, and of every answer all but the last."""
+        """Tokens that the model reads at most: the prompt, and of every answer all but the last."""
         return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
 
     @property
@@ -44,7 +45,8 @@ class Packed:
         before: (n,) int64, the slot whose logits predict a token. targets: (n,) that token.
         unfold: blocks of (rows, L) int64, rows of like length: the slots of every answer's own row, its prompt and
             itself, padded on the right. fold: (T,) int64, where in the flat blocks, one after the other, a slot stands
-            (a prompt: with one of its answers).
+            (one that several rows share: in one of them).
+        rows: the same A rows without padding, in the order of groups and answers.
     """
 
     input_ids: Tensor
@@ -53,27 +55,37 @@ class Packed:
     targets: Tensor
     unfold: tuple[Tensor, ...]
     fold: Tensor
+    rows: Sequence[Sequence[int]]
 
 
 def pack(groups: Sequence[Group], device: torch.device | None = None) -> Packed:
-    """Lay out groups of token ids one after the other."""
+    """Lay out groups of token ids, one after the other."""
     assert groups and all(g.answers and len(g.prompt) and all(map(len, g.answers)) for g in groups), "nothing to score"
     ids: list[int] = []
     positions: list[int] = []
     before: list[int] = []
     targets: list[int] = []
     rows: list[list[int]] = []
+    slots: dict[tuple[int, int], int] = {}  # of a token, by the slot before it (at the beginning -1)
+
+    def walk(tokens: Sequence[int], slot: int, position: int) -> list[int]:
+        """The slots of tokens behind a slot, new ones where nothing came this way before."""
+        way = []
+        for place, token in enumerate(tokens, position):
+            behind = slots.setdefault((slot, token), len(ids))
+            if behind == len(ids):
+                ids.append(token)
+                positions.append(place)
+            way.append(slot := behind)
+        return way
+
     for group in groups:
-        start, prompt = len(ids), len(group.prompt)
-        ids += group.prompt
-        positions += range(prompt)
+        prompt = walk(group.prompt, -1, 0)
         for answer in group.answers:
-            branch = range(len(ids), len(ids) + len(answer) - 1)
-            before += [start + prompt - 1, *branch]  # the prompt's last token predicts the first of every answer
+            branch = walk(answer[:-1], prompt[-1], len(prompt))
+            before += [prompt[-1], *branch]  # the prompt's last token predicts the first of every answer
             targets += answer
-            rows.append([*range(start, start + prompt), *branch])
-            ids += answer[:-1]
-            positions += range(prompt, prompt + len(branch))
+            rows.append(prompt + branch)
     blocks = _blocks(rows)
     fold = [0] * len(ids)
     for place, slot in enumerate(slot for block in blocks for row in block for slot in row):
@@ -81,7 +93,7 @@ def pack(groups: Sequence[Group], device: torch.device | None = None) -> Packed:
             fold[slot] = place
     made = [torch.tensor(values, device=device) for values in ([ids], [positions], before, targets, fold)]
     unfold = tuple(torch.tensor(block, device=device).clamp(min=0) for block in blocks)
-    return Packed(made[0], made[1], made[2], made[3], unfold, made[4])
+    return Packed(made[0], made[1], made[2], made[3], unfold, made[4], rows)
 
 
 def _blocks(rows: Sequence[list[int]]) -> list[list[list[int]]]:

@@ -157,23 +157,21 @@ class _Decoder:
             for layer, made in zip(self.cache.layers, cache.layers, strict=True):
                 assert isinstance(layer, Columns)
                 for row, (of, states) in zip(taken, places, strict=True):
-                    layer.put(row, made.keys[of, :, states], made.values[of, :, states])
+                    layer.put(row, made.keys[of][:, states], made.values[of][:, states])
             self.logits[taken] = logits
         for row, i, prompt in zip(taken, picked, prompts, strict=True):
             self.rows[row], self.first[row] = i, columns - len(prompt)
             self.mask[row, : self.first[row]], self.mask[row, self.first[row] :] = 0, 1
             self.positions[row] = len(prompt)
 
-    def _read(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, list[tuple[int, slice]]]:
+    def _read(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, list[tuple[int, Tensor]]]:
         """The logits after each prompt, and where in the cache its states lie: a row, and columns of it."""
         if self.packs and max(map(len, prompts)) < scorer.window(self.model):
             packed = pack([Group(prompt, ([0],)) for prompt in prompts], self.model.device)
-            ends = (packed.before + 1).tolist()
-            places = [(0, slice(end - len(prompt), end)) for end, prompt in zip(ends, prompts, strict=True)]
+            places = [(0, torch.tensor(row, device=self.model.device)) for row in packed.rows]
             return scorer.packed_logits(self.model, packed, cache), places
         logits, mask = self._padded(prompts, cache)
-        width = mask.shape[1]
-        return logits, [(row, slice(width - len(prompt), width)) for row, prompt in enumerate(prompts)]
+        return logits, [(row, seen.nonzero().squeeze(1)) for row, seen in enumerate(mask)]
 
     def _padded(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, Tensor]:
         ids, mask = (made.to(self.model.device) for made in _left_padded(prompts))

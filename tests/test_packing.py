@@ -27,6 +27,7 @@ GROUPS = [
     Group(list(range(4, 17)), ([1], [2, 6, 3, 39], [7] * 6)),
     Group([5, 5], ([39],)),
 ]
+SHORT = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 FAR = 64  # a window that none of the groups fills
 
 
@@ -227,16 +228,55 @@ def test_every_answer_unfolds_into_a_causal_row_of_its_own() -> None:
 
 
 def test_the_bits_of_attention_do_not_tell_what_was_read_beside() -> None:
+    """All these prompts begin alike, and answers of the same prompt, so that most slots are shared."""
     torch.manual_seed(0)
     groups = [Group([1] * n, ([2] * m, [3])) for n, m in ((15, 6), (18, 9), (23, 4), (34, 21), (90, 30), (85, 44))]
     together, module = pack(groups), nn.Module()
     module.num_key_value_groups = 3
     states = [torch.randn(1, heads, together.input_ids.shape[1], 64) for heads in (9, 3, 3)]
-    made, end = attend(module, *states, None, together)[0], 0
+    made, rows = attend(module, *states, None, together)[0], iter(together.rows)
     for group in groups:
-        slots = slice(end, end := end + group.slots)
-        alone, _ = attend(module, *(part[:, :, slots] for part in states), None, pack([group]))
+        single = pack([group])
+        there = dict(zip(itertools.chain(*single.rows), itertools.chain(*itertools.islice(rows, 2)), strict=True))
+        slots = [there[slot] for slot in range(group.slots)]
+        alone, _ = attend(module, *(part[:, :, slots] for part in states), None, single)
         assert torch.equal(alone, made[:, slots])
+
+
+@given(st.lists(st.tuples(SHORT, st.lists(SHORT, min_size=1, max_size=3)), min_size=1, max_size=5))
+@settings(max_examples=200, deadline=None)
+def test_what_rows_begin_with_in_common_has_one_slot(drawn: list[tuple[list[int], list[list[int]]]]) -> None:
+    groups = [Group(prompt, tuple(answers)) for prompt, answers in drawn]
+    packed = pack(groups)
+    ids, places = packed.input_ids[0].tolist(), packed.position_ids[0].tolist()
+    branches = [[*g.prompt, *answer[:-1]] for g in groups for answer in g.answers]
+    assert [[ids[slot] for slot in row] for row in packed.rows] == branches
+    assert all([places[slot] for slot in row] == list(range(len(row))) for row in packed.rows)
+    assert len(ids) == len({tuple(branch[: n + 1]) for branch in branches for n in range(len(branch))})
+    assert len(ids) <= sum(g.slots for g in groups)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_rows_that_begin_alike_are_plain_ones(name: str) -> None:
+    """Log-probs and gradients where a system prompt, whole prompts and the beginnings of answers are shared."""
+    system = list(range(4, 24))
+    groups = [
+        Group([*system, 1, 2], ([5, 6, 7, 39], [5, 6, 8], [5, 6, 7, 39])),
+        Group([*system, 1, 3], ([5, 6, 7, 39], [9])),
+        Group(system, ([1, 2, 5, 6, 7, 8], [1, 3])),  # its answers are as the prompts above
+        Group([*system, 1, 2], ([5, 6, 9, 9, 39],)),
+        Group([9, 9], ([5, 39],)),
+    ]
+    model = build(name, "sdpa")
+    weights, parameters = torch.linspace(-1, 2, sum(lengths(groups))), list(model.parameters())
+    wanted, found = plain(model, groups), Scorer(model)(groups)
+    assert (found - wanted).abs().max() < 1e-5
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), parameters),
+        torch.autograd.grad((wanted * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
 def test_rows_of_like_length_go_through_attention_together() -> None:

@@ -87,6 +87,18 @@ def test_rows_of_many_lengths_that_come_and_go_bring_their_own_log_probs(build) 
         assert answer.logprobs == pytest.approx(row[: len(answer.ids)].tolist(), abs=5e-5)
 
 
+def test_what_prompts_begin_with_in_common_is_read_once() -> None:
+    model, seen = llama(), []
+    prompts = [[*range(1, 11), *prompt] for prompt in PROMPTS]
+    alone = [draw(model, [prompt], u)[0] for prompt, u in zip(prompts, points(len(PROMPTS), 8).split(1), strict=True)]
+    hook = model.model.register_forward_hook(
+        lambda m, args, kwargs, out: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    assert draw(model, prompts, points(len(PROMPTS), 8)) == alone
+    hook.remove()
+    assert seen[0] == (1, 10 + sum(map(len, PROMPTS))) and seen[1] == (len(PROMPTS), 1)
+
+
 def test_an_end_token_stands_last_or_nowhere() -> None:
     answers = draw(llama(), PROMPTS * 10, points(len(PROMPTS) * 10, 6))
     assert {a.finish_reason for a in answers} == {"stop", "length"}

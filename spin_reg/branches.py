@@ -2,10 +2,12 @@
 
 Queries, keys and values are made of every slot once, with the positions of `packing.Packed`; only here a prompt's are
 copied to each of its answers. So no mask is needed, and the kernels that skip what a causal row does not see are used.
+On a CPU they may be those of float32 where the rest is in bfloat16.
 
 While answers are drawn, rows of a cache have one query each; columns that none of some rows sees are not read.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +61,22 @@ def attend(
             seen = (query[rows], key[rows, :, first:], value[rows, :, first:], mask)
             made.append(by(module, *seen, **kwargs)[0])
         return torch.cat(made), None
-    for unfold in branches.unfold:
-        unfolded = [_unfolded(states, unfold) for states in (query, key, value)]
-        block, _ = sdpa_attention_forward(module, *unfolded, None, **kwargs)
-        made.append(block.flatten(0, 1))
-    return torch.cat(made).index_select(0, branches.fold).unsqueeze(0), None
+    parts = (query, key, value)
+    wide = any(_slow(states) for states in parts)
+    with torch.autocast("cpu", enabled=False) if wide else nullcontext():
+        slots = [states.float() for states in parts] if wide else parts
+        for unfold in branches.unfold:
+            unfolded = [_unfolded(states, unfold) for states in slots]
+            block, _ = sdpa_attention_forward(module, *unfolded, None, **kwargs)
+            made.append(block.flatten(0, 1))
+    return torch.cat(made).index_select(0, branches.fold).unsqueeze(0).to(query.dtype), None
+
+
+def _slow(states: Tensor) -> bool:
+    """Whether attention is no quicker in the dtype of states than in float32, and its gradient slower: of bfloat16 on a
+    CPU that does not multiply it tile by tile.
+    """
+    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
 def _one_query(

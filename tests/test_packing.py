@@ -279,6 +279,28 @@ def test_rows_that_begin_alike_are_plain_ones(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_in_bfloat16_is_that_of_float32_rounded_once(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU has no tiles for bfloat16; where it has them, PyTorch's own kernel is as near as its rounding."""
+    packed, module = pack(GROUPS), nn.Module()
+    module.num_key_value_groups = 3
+    torch.manual_seed(0)
+    low = [torch.randn(1, n, packed.input_ids.shape[1], 64).bfloat16().requires_grad_() for n in (9, 3, 3)]
+    high = [states.detach().float().requires_grad_() for states in low]
+    exact = attend(module, *high, None, packed)[0]
+    exact.sin().sum().backward()
+    for tiles in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            made = attend(module, *low, None, packed)[0]
+        assert made.dtype == torch.bfloat16 and torch.equal(made, exact.bfloat16()) is not tiles
+        torch.testing.assert_close(made.float(), exact, atol=2e-2, rtol=1e-2)
+        grads = torch.autograd.grad(made.float().sin().sum(), low)
+        for grad, states in zip(grads, high, strict=True):
+            assert states.grad is not None and grad.dtype == torch.bfloat16
+            torch.testing.assert_close(grad.float(), states.grad, atol=5e-2, rtol=5e-2)
+
+
 def test_rows_of_like_length_go_through_attention_together() -> None:
     groups = [Group([1] * n, ([2] * n,)) for n in (100, 10, 99, 60, 11)]
     assert [tuple(block.shape) for block in pack(groups).unfold] == [(2, 32), (1, 128), (2, 208)]

@@ -57,7 +57,20 @@ def test_work_counts_a_pairs_prompt_once_and_no_forward_of_a_last_token() -> Non
     alone = sum(arithmetic.answer(model, p, n) for p, n in [(3, 2), (3, 5), (1, 4), (1, 6)])
     assert flops == alone - (2 * 10 * 3 + 4 * (1 + 2 + 3)) - (2 * 10 + 4)
     assert tokens == 2 * (3 + 1) + 2 + 4 + 5 + 6
-    assert arithmetic.sampling_work(model, [3], [2]) == (arithmetic.answer(model, 3, 2), 2)
+    single = arithmetic.Lengths(prompt=[3], real=[2], generated=[2], shared=3)
+    assert arithmetic.sampling_work(model, single, [2]) == (arithmetic.answer(model, 3, 2), 2)
+
+
+def test_work_counts_what_all_prompts_begin_with_once() -> None:
+    """And no more than that: what is read is at least this, so utilisation is not made to look better than it is."""
+    model, prompts = arithmetic.Shape(layers=1, width=0, body=10, head=100), [[7, 7, 1], [7, 7, 2, 2], [7, 7]]
+    assert (
+        arithmetic.shared(prompts) == 2 and arithmetic.shared(prompts[:1]) == 3 and arithmetic.shared([[1], [2]]) == 0
+    )
+    pairs = arithmetic.Lengths([3, 4, 2], real=[2, 4, 1], generated=[5, 6, 1], shared=2)
+    flops, _ = arithmetic.pairs_work(model, pairs)
+    slots = 2 + 1 + 2 + sum(n - 1 for n in (2, 4, 1, 5, 6, 1))
+    assert flops == 2 * 10 * slots + 2 * 100 * (2 + 4 + 1 + 5 + 6 + 1)
 
 
 def test_a_log_gives_the_parts_of_an_iteration() -> None:

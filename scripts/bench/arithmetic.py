@@ -72,28 +72,36 @@ def forward(model: Shape, tokens: int, logits: int) -> int:
 
 def answer(model: Shape, prompt: int, tokens: int) -> int:
     """FLOPs to draw, or to score, an answer of so many tokens: its last token is put into no forward."""
-    return forward(model, prompt + tokens - 1, tokens)
+    return forward(model, prompt + max(tokens - 1, 0), tokens)
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of each pair: its prompt, its real answer, its generated one."""
+    """Tokens of each pair: its prompt, its real answer, its generated one; `shared`: all prompts begin with so many."""
 
     prompt: Sequence[int]
     real: Sequence[int]
     generated: Sequence[int]
+    shared: int = 0
 
 
-def sampling_work(model: Shape, prompts: Sequence[int], answers: Sequence[int]) -> tuple[int, int]:
-    """FLOPs needed to draw the answers, and their tokens."""
-    return sum(answer(model, p, n) for p, n in zip(prompts, answers, strict=True)), sum(answers)
+def shared(prompts: Sequence[list[int]]) -> int:
+    """Tokens that all prompts begin with."""
+    first, last = min(prompts), max(prompts)  # what these have in common lies before all in between
+    return next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+
+
+def sampling_work(model: Shape, pairs: Lengths, answers: Sequence[int]) -> tuple[int, int]:
+    """FLOPs needed to draw, or to score, the answers, and their tokens; what all prompts begin with is read once."""
+    flops = sum(answer(model, p, n) for p, n in zip(pairs.prompt, answers, strict=True))
+    return flops - (len(answers) - 1) * forward(model, pairs.shared, 0), sum(answers)
 
 
 def pairs_work(model: Shape, pairs: Lengths) -> tuple[int, int]:
     """FLOPs needed to read every pair, its prompt once; and the tokens of both rows, the prompt in each."""
-    both = [sampling_work(model, pairs.prompt, answers) for answers in (pairs.real, pairs.generated)]
-    twice = sum(forward(model, prompt, 0) for prompt in pairs.prompt)
-    return sum(flops for flops, _ in both) - twice, sum(tokens for _, tokens in both) + 2 * sum(pairs.prompt)
+    both = [sampling_work(model, pairs, answers) for answers in (pairs.real, pairs.generated)]
+    prompts, _ = sampling_work(model, pairs, [0] * len(pairs.prompt))
+    return sum(flops for flops, _ in both) - prompts, sum(tokens for _, tokens in both) + 2 * sum(pairs.prompt)
 
 
 def took(log: str) -> dict[str, Raw]:

@@ -114,9 +114,9 @@ class Bench:
 
         `draws_scores`: generated answers come with their log-probs, so that only the real ones are scored.
         """
-        drawn = arithmetic.sampling_work(self.model, self.lengths.prompt, side["answer_tokens"])
+        drawn = arithmetic.sampling_work(self.model, self.lengths, side["answer_tokens"])
         (read, tokens), epochs = arithmetic.pairs_work(self.model, self.lengths), self.args.epochs
-        real, _ = arithmetic.sampling_work(self.model, self.lengths.prompt, self.lengths.real)
+        real, _ = arithmetic.sampling_work(self.model, self.lengths, self.lengths.real)
         steps, scored = self.steps(), real if draws_scores else read
         work: dict[str, tuple[float, float | None]] = {
             "sampling": drawn,
@@ -183,4 +183,5 @@ def lengths(pairs: Path) -> Lengths:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(pairs, columns=["prompt_ids", "real_ids", "generated_ids"]).to_pydict()
-    return Lengths(*([len(ids) for ids in rows[f"{name}_ids"]] for name in ("prompt", "real", "generated")))
+    prompt, real, generated = (list(map(len, rows[f"{name}_ids"])) for name in ("prompt", "real", "generated"))
+    return Lengths(prompt, real, generated, arithmetic.shared(rows["prompt_ids"]))

@@ -282,6 +282,7 @@ def _gradients(
             total[key] = total.get(key, 0.0) + part / scale
     if alone:
         sharing.add_up([p for p in scorer.parameters() if p.requires_grad])
+    sharing.drop_unreached(scorer)
     return sharing.totals(total)
 
 

@@ -5,13 +5,15 @@ over all ranks (FSDP2) each backward sums and scatters them, and every rank then
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spin_reg import errors, ranks
-from spin_reg.errors import SpinRegError
+from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.packing import cut
 
 
@@ -80,6 +82,59 @@ def shard(scorer: nn.Module, model: PreTrainedModel) -> None:
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
     fully_shard(scorer, mesh=mesh, reshard_after_forward=False)  # the head is read outside its own forward
+    _allow_unequal(scorer)
+
+
+def _allow_unequal(scorer: Any) -> None:
+    """Ranks need not reach the same weights.
+
+    Raises:
+        ConfigError: they may well not, and torch cannot have that.
+    """
+    if hasattr(scorer, "set_reduce_scatter_unused_params"):
+        scorer.set_reduce_scatter_unused_params(True)
+        return _watch(scorer)
+    for name, module in scorer.named_modules():
+        if name.endswith("experts") and isinstance(module, nn.ModuleList):
+            raise ConfigError(
+                "The model cannot be laid across processes.",
+                where=f"hardware.sharding=full, {name}",
+                why=f"where an expert has rows on one rank alone, FSDP2 of torch {torch.__version__} hangs or errs",
+                todo="use torch 2.13 or later, or hardware.sharding=none",
+            )
+
+
+_reached: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # weights that a gradient came to, by scorer
+
+
+def _watch(scorer: nn.Module) -> None:
+    """Note each weight that a gradient comes to on this rank: FSDP sums zeros for the others.
+
+    It comes to the whole weights, which a module has while it is at work, and not to the shares of them.
+    """
+    found, seen = _reached.setdefault(scorer, set()), set[int]()
+
+    def hooked(module: nn.Module, prefix: str) -> None:
+        for name, p in module.named_parameters(prefix):
+            if p.requires_grad and not sharded(p) and id(p) not in seen:
+                seen.add(id(p))
+                register: Callable[..., object] = p.register_post_accumulate_grad_hook
+                register(lambda _, name=name: found.add(name))
+
+    for prefix, module in scorer.named_modules():
+        if hasattr(module, "unshard"):
+            module.register_forward_pre_hook(lambda module, _, prefix=prefix: hooked(module, prefix))
+
+
+def drop_unreached(scorer: nn.Module) -> None:
+    """Of weights that are laid across the ranks: what no rank has a gradient for keeps none, as in one process."""
+    if scorer not in _reached:
+        return
+    named = [(name, p) for name, p in scorer.named_parameters() if p.requires_grad]
+    idle = [i for i, (name, _) in enumerate(named) if name not in _reached[scorer]]
+    for i in set.intersection(*map(set, ranks.gathered(idle))):
+        named[i][1].grad = None
+    _reached[scorer].clear()
 
 
 def sharded(tensor: Tensor) -> bool:

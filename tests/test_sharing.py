@@ -16,6 +16,7 @@ import torch
 from conftest import SMALL, Command, read_jsonl
 from safetensors.torch import load_file
 from test_processes import trap  # noqa: F401
+from torch.distributed.fsdp import FSDPModule
 
 from spin_reg import console, durable, processes, sharing
 from spin_reg.errors import ConfigError, NonFiniteError
@@ -303,6 +304,101 @@ def test_under_zero_a_weight_without_gradient_stays_and_one_that_has_it_at_times
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "trained.py")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "DS_ACCELERATOR": "cpu"}
     ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+UNEQUAL = """
+import sys
+import torch
+from spin_reg import ranks, sharing
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.seldom, self.never = (torch.nn.Parameter(torch.ones(5) * n) for n in (1, 2, 3))
+    def forward(self, x, seldom):
+        return self.used * x + (self.seldom.square() if seldom else 0.0)
+
+class Model(torch.nn.Module):
+    _no_split_modules, device = ["Layer"], torch.device("cpu")
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+        self.seldom, self.idle = torch.nn.Parameter(torch.ones(5) * 4), torch.nn.Parameter(torch.ones(5) * 5)
+    def forward(self, x, seldom):
+        for i, layer in enumerate(self.layers):
+            x = layer(x, seldom if i else not seldom)
+        return (x * self.seldom).sum() if seldom else x.sum()
+
+class Scorer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = Model()
+    def forward(self, x, seldom):
+        return self.model(x, seldom)
+
+def loss(scorer, step, rank, turn):  # in step 1 both ranks reach the same, in steps 2 and 3 none reaches all
+    seldom = {0: rank == 0, 1: True, 2: False, 3: False, 4: rank == 1 and turn == 1}[step]
+    return scorer(torch.arange(5.0) + step + 2 * rank + turn, seldom)
+
+def steps(scorer, own, scale, add_up):
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=0.1, weight_decay=0.5)
+    has = []
+    for step in range(5):
+        for turn in range(2):
+            for rank in own:
+                (scale * loss(scorer, step, rank, turn)).backward()
+        add_up(scorer)
+        has.append([name for name, p in scorer.named_parameters() if p.grad is not None])
+        optimizer.step()
+        optimizer.zero_grad()
+    state = [[float(s["step"]), sharing.whole(s["exp_avg"])] for s in optimizer.state_dict()["state"].values()]
+    return has, {name: sharing.whole(p.detach()) for name, p in scorer.named_parameters()}, state
+
+torch.manual_seed(0)
+ranks.join()
+alone, several = Scorer(), Scorer()
+if sys.argv[1] == "none":
+    summed = lambda scorer: sharing.add_up(list(scorer.parameters()))
+else:
+    sharing.shard(several, several.model)
+    summed = sharing.drop_unreached
+one = steps(alone, (0, 1), 1, lambda scorer: None)
+two = steps(several, (ranks.rank(),), 1 if sys.argv[1] == "none" else 2, summed)  # FSDP takes the mean
+assert one[0] == two[0], (one[0], two[0])
+assert len({tuple(names) for names in one[0]}) > 1 and not any("never" in name for name in one[0][1])
+for name in one[1]:
+    torch.testing.assert_close(one[1][name], two[1][name], rtol=0, atol=1e-5, msg=name)
+for (at, mean), (step, other) in zip(one[2], two[2], strict=True):
+    assert at == step
+    torch.testing.assert_close(mean, other)
+"""
+
+
+def test_experts_are_refused_where_torch_would_hang() -> None:
+    """Before 2.13, which sums zeros for weights that a rank does not reach."""
+    dense, experts = torch.nn.Module(), torch.nn.Module()
+    dense.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    experts.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    dense.mlp = torch.nn.Linear(2, 2)
+    sharing._allow_unequal(dense)
+    dense.mlp = experts
+    with pytest.raises(ConfigError, match="full, mlp.experts"):
+        sharing._allow_unequal(dense)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "full"])
+def test_ranks_that_reach_other_weights_make_the_step_of_one_process(kind: str, tmp_path: Path) -> None:
+    """A gradient that a rank lacks is zero where another has one, and there is none where none has: AdamW leaves such
+    a weight alone, decay and moments too.
+    """
+    if kind == "full" and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        pytest.skip("torch before 2.13 cannot")
+    (tmp_path / "unequal.py").write_text(UNEQUAL)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "unequal.py"), kind]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
 
 

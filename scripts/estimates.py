@@ -6,7 +6,7 @@
 
 For each case and kind of stage a line: estimated, measured, estimated / measured. Memory, in MB, is that of a plan of
 nothing done (every row at its limit), beside what the process of a stage held at most. Tokens, in thousands, and disk,
-in MB, are those of a plan once the data are prepared, and once more when iterate 0 has answered.
+in MB, are those of a first plan with `--prepare`, and once more when iterate 0 has answered.
 """
 
 import argparse
@@ -113,10 +113,9 @@ def game(words: list[str], outputs: Path) -> dict[str, list[Found]]:
     """
     words = [*words, "tracker=none", "run_name=run", f"outputs={outputs}"]
     root = outputs / "run"
-    plans = {}
-    for name, until in {"data prepared": "data", "iterate 0 answered": "iterate-00/answers/heldout"}.items():
-        train_until(root / until / "stage.json", words)
-        plans[name] = plan(words)
+    plans = {"data prepared": plan(["--prepare", *words])}
+    train_until(root / "iterate-00/answers/heldout/stage.json", words)
+    plans["iterate 0 answered"] = plan(words)
     train(words)
     folders = {stage["fingerprint"]: folder for folder, stage in records(root).items()}
     stages = {stage["name"]: (folder, stage) for folder, stage in records(root).items()}
@@ -162,6 +161,9 @@ def tokens(folder: Path, stage: Mapping[str, Any], folders: Mapping[str, Path]) 
         paths = [path for path in needs["data"].glob("*train.parquet")]
         columns = [lengths(path, name) for path in paths for name in ("prompt_ids", "real_ids")]
         return int(spec["sft"]["epochs"]) * sum(sum(column.values()) for column in columns)
+    if kind == "train" and "pairs" not in needs:  # loss=sft
+        columns = [lengths(needs["data"] / "train.parquet", name) for name in ("prompt_ids", "real_ids")]
+        return int(spec["epochs"]) * sum(sum(column.values()) for column in columns)
     if kind == "train":
         table = pq.read_table(needs["pairs"] / "pairs.parquet")
         names = ("prompt_ids", "real_ids", "generated_ids")

@@ -93,8 +93,9 @@ def _train(program: str, words: list[str]) -> int:
 
 
 def _plan(program: str, words: list[str]) -> int:
-    settings = [word for word in words if word != "--json"]
-    return _compose(program, settings, partial(_show_plan, as_json=len(settings) < len(words)), verb="plan")
+    options = {"--json", "--prepare"} & set(words)
+    task = partial(_show_plan, as_json="--json" in options, data="--prepare" in options)
+    return _compose(program, [word for word in words if word not in options], task, verb="plan")
 
 
 def _resume(program: str, words: list[str]) -> int:
@@ -281,12 +282,11 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
     from hydra.types import RunMode
 
     from spin_reg import launch, points, results
-    from spin_reg.console import Screen, closing_words
+    from spin_reg.console import closing_words
     from spin_reg.report.sheets import PAGE
     from spin_reg.sheet import short
 
-    hydra = HydraConfig.get()
-    screen = Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
+    hydra, screen = HydraConfig.get(), _screen()
     with stopping.listening(), screen.warnings():
         planned = _planned(cfg, only_evaluate=only_evaluate, again=again, group=group)
         stopping.goes_on_by(f"spin-reg resume {shlex.quote(short(planned.root))}", once=planned.root / "run.json")
@@ -304,8 +304,36 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
     return points.Made(planned.root, planned.made, value)
 
 
-def _show_plan(cfg: Any, *, as_json: bool) -> None:
+def _screen() -> Any:
+    """Where progress is shown; workers of a sweep would speak all at once, and are quiet."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from spin_reg.console import Screen
+
+    hydra = HydraConfig.get()
+    return Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
+
+
+def _show_plan(cfg: Any, *, as_json: bool, data: bool) -> None:
     from spin_reg import preview
 
-    planned = _planned(cfg)
+    planned = _with_data(cfg) if data else _planned(cfg)
     preview.show_json(planned) if as_json else preview.show(planned)
+
+
+def _with_data(cfg: Any) -> Any:
+    """The plan of a run whose data are made first, where they are not there."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from spin_reg import launch
+
+    screen = _screen()
+    with stopping.listening(), screen.warnings():
+        try:
+            words = list(HydraConfig.get().overrides.task)
+            planned = launch.with_data(_planned(cfg), listener=screen, overrides=words)
+        finally:
+            screen.close()
+        stopping.poll()  # a signal that came when the data were all but made is meant for the plan
+    return planned

@@ -44,7 +44,7 @@ from spin_reg.outlook import Planned
 from spin_reg.plan import plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, Status
-from spin_reg.settings import KeepIterates
+from spin_reg.settings import KeepIterates, Tracker
 from spin_reg.specs import BenchmarkSpec, PrepareSpec, SftSpec, Split, TrainSpec
 
 QUIET = {
@@ -53,6 +53,7 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 CONFIG = "config.yaml"
+PREPARED = "prepared"  # in run.json, as long as its data alone were asked for
 log = logging.getLogger(__name__)
 
 
@@ -71,7 +72,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     saved = _saved(root)
     if saved is not None:
         _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
-        if saved["iterations"] > settings.schedule.iterations:  # what was played stays part of the run
+        if _played(saved) > settings.schedule.iterations:  # what was played stays part of the run
             settings = replace(settings, schedule=replace(settings.schedule, iterations=saved["iterations"]))
     matched = settings.evaluation.exact_match.max_new_tokens
     if saved is None or matched is not None:
@@ -96,8 +97,11 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     return planned
 
 
-def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> Planned:
+def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str], data_alone: bool = False) -> Planned:
     """Make what is missing of a planned run; how it came out.
+
+    Args:
+        data_alone: make the data and leave it at that; only what they need is asked of the disk, nothing of a judge.
 
     Raises:
         RunBusy: another process owns the folder. Whatever a stage raises.
@@ -106,27 +110,44 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -
     for stage, state in zip(planned.stages, planned.states, strict=True):
         if state.status is Status.stale:
             raise runner.refused(root, stage, state)
-    judges.check(settings, planned.todo, planned.sources.mt_bench, root)
+    asked = replace(planned, stages=planned.stages[:1], states=planned.states[:1]) if data_alone else planned
+    judges.check(settings, asked.todo, planned.sources.mt_bench, root)
     read = None
     if not root.exists():
         environment(settings)
         read = _check_data(planned, listener)
     _check_results(planned)
-    space.check(planned.outputs, outlook.disk(planned, read))
+    space.check(planned.outputs, outlook.disk(asked, read))
     durable.make_folder(root)
     with rundir.owned(root):  # before anything slow: who comes second is told at once
         saved = _saved(root)
         if saved is not None:  # another process may have made it since we looked
             _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
-            if saved["iterations"] > settings.schedule.iterations:
+            if _played(saved) > settings.schedule.iterations:
                 why = "another process has just given it more iterations"
                 raise RunBusy("This run has changed.", where=str(root), why=why, todo="run the same command again")
         environment(settings)
-        _write_provenance(planned, overrides)
-        return _run(planned, listener, read)
+        if data_alone and saved is not None and PREPARED not in saved:  # what is on record of it is what was played
+            planned = replace(planned, whole=False)
+        else:
+            _write_provenance(planned, overrides, data_alone=data_alone)
+        return _run(planned, listener, read, data_alone=data_alone)
 
 
-def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None) -> Planned:
+def with_data(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> Planned:
+    """Make the data of a planned run, as `execute` would and will find them; the plan as it stands then.
+
+    Raises:
+        As `execute`.
+    """
+    if planned.states[0].status in (Status.done, Status.reuse):
+        return planned
+    execute(planned, listener=listener, overrides=overrides, data_alone=True)
+    states = [runner.state_of(planned.root, planned.outputs, stage) for stage in planned.stages]
+    return replace(planned, states=states, config_whole=_config_whole(planned.root, _saved(planned.root)))
+
+
+def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None, *, data_alone: bool) -> Planned:
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
         _warn_of_versions(planned)
@@ -135,11 +156,12 @@ def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None)
         keep = settings.keep_iterates
         goes = partial(space.unneeded, planned.stages, keep=keep, future=planned.future)
         enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
+        tracker = Tracker() if data_alone else settings.tracker  # which hears of a run once there is one
         results.record(root, planned.stop)
         if planned.whole:
             survey.record(root, outlook.pieces(planned, read))
         try:
-            with tracking.mirror(root, settings.tracker, config.flatten(plain(settings))) as mirror:
+            with tracking.mirror(root, tracker, config.flatten(plain(settings))) as mirror:
                 runner.run_all(
                     planned.stages,
                     root=root,
@@ -149,11 +171,14 @@ def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None)
                     clock=time.monotonic,
                     run=processes.run_with(settings.hardware),
                     unneeded=goes if planned.whole and keep is not KeepIterates.all else None,
-                    enough=enough if planned.whole else None,
+                    enough=bool if data_alone else enough if planned.whole else None,  # one is enough
                 )
         except BaseException as error:
             log.exception("the run ended early: %s: %s", type(error).__name__, _one_line(error))
             raise
+        if data_alone:
+            log.info("only its data were asked for")
+            return planned
         stop = enough(planned.stages)
         results.record(root, stop)
         if stop is not None:
@@ -229,7 +254,12 @@ def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any])
         )
 
 
-def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
+def _played(saved: Mapping[str, Any]) -> int:
+    """How many iterations a run has by its record: none yet where its data alone were asked for."""
+    return 0 if PREPARED in saved else int(saved["iterations"])
+
+
+def _write_provenance(planned: Planned, overrides: Sequence[str], *, data_alone: bool) -> None:
     settings, found = planned.config, planned.sources
     path = planned.root / rundir.RUN
     before = rundir.provenance(planned.root) or {}
@@ -245,7 +275,7 @@ def _write_provenance(planned: Planned, overrides: Sequence[str]) -> None:
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": processes.threads(settings.hardware),
         "processes": processes.count(settings.hardware),
-    }
+    } | ({PREPARED: True} if data_alone else {})
     text = config.as_yaml(settings).encode()
     durable.write_record(path, value | {"config_sha256": sha256(text).hexdigest()})  # first: it makes the folder ours
     durable.write_bytes(planned.root / CONFIG, text)

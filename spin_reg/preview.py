@@ -7,8 +7,10 @@ from spin_reg import asking, estimate, outlook, processes, space
 from spin_reg.fingerprint import plain
 from spin_reg.outlook import Planned
 from spin_reg.plan import Stage
-from spin_reg.runner import State
+from spin_reg.runner import State, Status
 from spin_reg.sheet import short
+
+BOUNDS = "; bounds: with --prepare the data are made first, for estimates"
 
 
 def show(planned: Planned) -> None:
@@ -24,7 +26,8 @@ def show(planned: Planned) -> None:
     if planned.stop is not None:
         print(f"  stopped {planned.stop.words()}")
     tokens, memory, helps, asked = outlook.estimates(planned)
-    print(f"  tokens: {tokens.words()}")
+    unread = tokens.tokens and planned.states[0].status is Status.todo
+    print(f"  tokens: {tokens.words()}{BOUNDS if unread else ''}")
     if asked.calls or asked.cached:
         print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
     if how := processes.words(planned.config.hardware):

@@ -16,7 +16,7 @@ from spin_reg.pace import Piece
 PLAN = ".plan.json"  # what `status` knows of the stages to come; nothing else is read from it
 LOG, STOPPED = "run.log", "stopped.json"
 TAIL = 1 << 16  # bytes of a log that hold how its last call ended
-ENDED = re.compile(r"ERROR spin_reg\.launch: the run ended early: (\w+): (.*)$", flags=re.M)
+ENDED = re.compile(r" spin_reg\.launch: (?:the run ended early: (\w+): (.*)|only its data were asked for)$", flags=re.M)
 BEGUN = re.compile(r": (\S+): todo \(", flags=re.M)
 AT = re.compile(r": (\S+): at (\{.*\})$", flags=re.M)
 TAKEN = re.compile(r": (\S+): taken from (.+)$", flags=re.M)
@@ -27,7 +27,8 @@ class Seen:
     """A run as it stands; None is what is not known.
 
     Attributes:
-        state: running, finished, stopped (by a signal), failed, interrupted (it ended without a word), or damaged.
+        state: running, finished, prepared (its data were made for a plan, and no more), stopped (by a signal), failed,
+            interrupted (it ended without a word), or damaged.
         iterates: how many are made, the base included. iterations: how many are to be played.
         stage: the one at work, or begun. done, total, unit: how far it is. rate: units a second.
         stages_done, stages_total: of the plan. seconds_left: of the whole run, at the pace so far, without the kinds of
@@ -206,7 +207,7 @@ def _end(text: str) -> tuple[str, str | None]:
     if not ends or BEGUN.search(text, ends[-1].end()):
         return "interrupted", None
     kind, said = ends[-1].groups()
-    return ("stopped" if kind == "Stopped" else "failed"), said
+    return {None: "prepared", "Stopped": "stopped"}.get(kind, "failed"), said
 
 
 def _work(text: str, begun: Sequence[str]) -> dict[str, Any]:

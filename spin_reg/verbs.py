@@ -38,16 +38,23 @@ TABLE: dict[str, Verb] = {
     ),
     "plan": Verb(
         "print what train would do, what is done, and what it may cost; runs nothing",
-        "A line a stage: done, reuse, todo or stale, its tokens and disk, and why; then what all may take.",
-        (SWEEP, JOB, Word("--json", "a JSON object for each run: stages, tokens, bytes, seconds")),
+        "A line a stage: done, reuse, todo or stale, its tokens and disk, and why; then what all may take. No data are "
+        'read for it: until they are prepared, by train or by --prepare, tokens and disk are bounds ("at most").',
+        (
+            SWEEP,
+            JOB,
+            Word("--prepare", "make the data first, where they are not there, as train would and will find them"),
+            Word("--json", "a JSON object for each run: stages, tokens, bytes, seconds"),
+        ),
         settings=True,
         composed=True,
         examples=(
             ("spin-reg plan regularizer=kl alpha=0.5", "before a run, or between two of its calls"),
             ("spin-reg plan experiment=small_lora", "what a preset would need"),
+            ("spin-reg plan --prepare alpha=0.5", "tokens and disk as estimates, not as bounds"),
             ("spin-reg plan alpha=0.5 --json", "for a script"),
         ),
-        exits=(0, 1, 2, 3),
+        exits=(0, 1, 2, 3, 4, 6, 75),
     ),
     "resume": Verb(
         "go on with a run, with the settings it was made with",
@@ -158,8 +165,8 @@ TABLE: dict[str, Verb] = {
             ("run", "the folder's name"),
             (
                 "state",
-                "running; finished; stopped (by a signal) or interrupted (killed): the same command goes on; "
-                "failed: see error; damaged: run.json cannot be read",
+                "running; finished; prepared (its data alone, by plan --prepare); stopped (by a signal) or interrupted "
+                "(killed): the same command goes on; failed: see error; damaged: run.json cannot be read",
             ),
             ("iterates, stages", "made, of those that the run will have"),
             ("at work, rate", "the stage, how far it is, and units a second"),

@@ -48,6 +48,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("spin-reg export --format t", ["trl"]),
         ("spin-reg sample outputs/one --prompts m", ["mine.jsonl"]),
         ("spin-reg resume outputs/o", ["outputs/one"]),
+        ("spin-reg plan --pr", ["--prepare"]),
         ("spin-reg gc keep", ["keep_iterates=needed", "keep_iterates=last"]),
         ("spin-reg train --cfg ", ["job", "hydra", "all"]),
         ("spin-reg nothing ", []),

@@ -210,6 +210,9 @@ def _tried(model: nn.Module) -> bool:
 
 
 def _tokens(prompt: int, *seeds: int) -> Group:
-    """A prompt of so many tokens and an answer for each seed, of tokens that every vocabulary has."""
-    row = [1 + place * place % 6 for place in range(prompt)]
+    """A prompt of so many tokens and an answer for each seed, of tokens that every vocabulary has.
+
+    Prompts whose lengths differ by six begin alike, so that their slots are shared; others do not.
+    """
+    row = [1 + (prompt + place * place) % 6 for place in range(prompt)]
     return Group(row, tuple([1 + (seed + place * place) % 6 for place in range(TILE + 1 - prompt)] for seed in seeds))

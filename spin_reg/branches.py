@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spin_reg.packing import Packed
-from spin_reg.products import fits
+from spin_reg.products import fits, slow
 
 NAME = "branches"
 
@@ -62,7 +62,7 @@ def attend(
             made.append(by(module, *seen, **kwargs)[0])
         return torch.cat(made), None
     parts = (query, key, value)
-    wide = any(_slow(states) for states in parts)
+    wide = any(slow(states) for states in parts)
     with torch.autocast("cpu", enabled=False) if wide else nullcontext():
         slots = [states.float() for states in parts] if wide else parts
         for unfold in branches.unfold:
@@ -70,13 +70,6 @@ def attend(
             block, _ = sdpa_attention_forward(module, *unfolded, None, **kwargs)
             made.append(block.flatten(0, 1))
     return torch.cat(made).index_select(0, branches.fold).unsqueeze(0).to(query.dtype), None
-
-
-def _slow(states: Tensor) -> bool:
-    """Whether attention is no quicker in the dtype of states than in float32, and its gradient slower: of bfloat16 on a
-    CPU that does not multiply it tile by tile.
-    """
-    return states.dtype == torch.bfloat16 and states.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
 def _one_query(

@@ -1,4 +1,4 @@
-"""Products with a model's weights on a CPU: oneDNN's, and while answers are drawn on weights laid out for it once.
+"""Products on a CPU: oneDNN's with a model's weights, while answers are drawn laid out for it once; attention's dtype.
 
 PyTorch gives float32 to MKL, which on CPUs that are not its maker's uses half the width of their registers. And drawing
 multiplies every weight by a few rows, step after step, where weights in bfloat16 would be laid out anew each time.
@@ -108,6 +108,14 @@ def fits(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def slow(states: Tensor) -> bool:
+    """Whether attention is no quicker in the dtype of states than in float32, and its gradient slower: of bfloat16 on a
+    CPU that does not multiply it tile by tile.
+    """
+    low = states.dtype == torch.bfloat16 and states.device.type == "cpu" and not _plainly
+    return low and not torch.cpu._is_amx_tile_supported()
 
 
 def _plain(layer: nn.Linear) -> bool:

@@ -28,6 +28,7 @@ GROUPS = [
     Group([5, 5], ([39],)),
 ]
 SHORT = st.lists(st.integers(1, 3), min_size=1, max_size=4)
+LOUD = 1000  # times the weights of a head that a random model begins with
 FAR = 64  # a window that none of the groups fills
 
 
@@ -163,6 +164,23 @@ def test_bfloat16_moves_log_probs_by_rounding_alone() -> None:
             found, wanted = Scorer(model)(GROUPS), plain(model, GROUPS)
         assert found.dtype == torch.float32 and (found - wanted).abs().max() < 0.1
         assert not torch.equal(found, Scorer(model)(GROUPS))
+
+
+def test_a_model_that_rounds_much_is_read_packed_too() -> None:
+    """A loud head over weights in bfloat16: roundings of attention move log-probs by nats, and are no way of reading."""
+    low = build("llama", "sdpa", torch.bfloat16)
+    with torch.no_grad():
+        low.get_output_embeddings().weight.mul_(LOUD)
+        moved = []
+        for tiles in (False, True):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(scorer, "_found", {})
+                patch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+                policy = Scorer(low)
+                assert policy.packs
+                moved.append(policy(GROUPS))
+    if not torch.cpu._is_amx_tile_supported():
+        assert (moved[0] - moved[1]).abs().max() > 0.5
 
 
 OTHERS = {

@@ -167,7 +167,7 @@ def test_bfloat16_moves_log_probs_by_rounding_alone() -> None:
 
 
 def test_a_model_that_rounds_much_is_read_packed_too() -> None:
-    """A loud head over weights in bfloat16: roundings of attention move log-probs by nats, and are no way of reading."""
+    """A loud head over weights in bfloat16: rounding of attention moves log-probs by nats, and is no way of reading."""
     low = build("llama", "sdpa", torch.bfloat16)
     with torch.no_grad():
         low.get_output_embeddings().weight.mul_(LOUD)

@@ -17,7 +17,7 @@ from spin_reg import checkpoint, durable, ranks, sharing, stopping
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError, Stopped
 from spin_reg.fingerprint import order
-from spin_reg.scorer import Scorer
+from spin_reg.scorer import Scorer, reads_packed
 from spin_reg.settings import LrScheduler, Optimizer, Sharding
 from spin_reg.zero import Zero
 
@@ -139,7 +139,7 @@ def fit(
         Stopped: a signal asked for it; every finished step is kept.
     """
     _without_dropout(model, spec.gradient_checkpointing)
-    scorer, optimizer, backward = _prepared(model, spec, accelerator)
+    scorer, optimizer, backward = _prepared(model, spec, accelerator, context.poll)
     scratch = out / durable.SCRATCH
     state = _State(model, optimizer, scratch, checkpoint.read(scratch, model, optimizer))
     for row in state.metrics:
@@ -172,12 +172,19 @@ def fit(
 
 
 def _prepared(
-    model: PreTrainedModel, spec: FitSpec, accelerator: Accelerator
+    model: PreTrainedModel, spec: FitSpec, accelerator: Accelerator, poll: Callable[[], None]
 ) -> tuple[Scorer, torch.optim.Optimizer | Zero, Backward]:
-    """The scorer and the optimizer, on their device. Accelerate is not to sum gradients: see `sharing`."""
-    scorer = Scorer(model.to(accelerator.device))
+    """The scorer and the optimizer, on their device. Accelerate is not to sum gradients: see `sharing`.
+
+    What is to be laid across ranks stays where it was loaded until then: it may fit no device, and where its dtype is
+    the file's no memory was taken yet. So only the main rank, for all, reads it whole to see how it reads.
+    """
     if spec.sharding is Sharding.full:
-        sharing.shard(scorer, model)
+        packs = ranks.from_main(ranks.is_main() and reads_packed(model), poll)
+        scorer = Scorer(model, packs)
+        sharing.shard(scorer, model, accelerator.device)
+    else:
+        scorer = Scorer(model.to(accelerator.device))
     optimizer, scorer = _optimizer(model, spec), accelerator.prepare_model(scorer, evaluation_mode=True)
     if spec.sharding in (Sharding.none, Sharding.full):
         return scorer, optimizer, lambda loss, last: accelerator.backward(loss)

@@ -22,13 +22,21 @@ _held: dict[str, Loaded] = {}  # the one model in memory, by what its weights ar
 _worn: list[PreTrainedModel] = []  # that model with its adapter
 
 
-def load(folder: Path, policy: Policy, *, exclusive: bool = False, fresh: tuple[Lora, int] | None = None) -> Loaded:
+def load(
+    folder: Path,
+    policy: Policy,
+    *,
+    exclusive: bool = False,
+    fresh: tuple[Lora, int] | None = None,
+    as_stored: bool = False,
+) -> Loaded:
     """An iterate of a run. The last model asked for stays in memory; iterates that are adapters share their base.
 
     Args:
         folder: an iterate's `model/` folder; or one whose base.json names a base, used as it is or under an adapter.
         exclusive: the caller will change the weights: do not keep them, nor hand out the kept ones. An adapter trains.
         fresh: the adapter (and its seed) to put on a base that has none yet.
+        as_stored: of one that is `exclusive`; see `models.from_folder`.
     """
     record = folder / BASE_FILE
     adapted = (folder / ADAPTER).exists()
@@ -36,7 +44,7 @@ def load(folder: Path, policy: Policy, *, exclusive: bool = False, fresh: tuple[
     if exclusive or key not in _held:
         forget()
     if key not in _held:
-        _held[key] = _from_iterate(folder, policy)
+        _held[key] = _from_iterate(folder, policy, as_stored)
     loaded = _held[key]
     if adapted or fresh or _worn:
         from spin_reg import adapters
@@ -83,11 +91,11 @@ def make_room() -> None:
         torch.cuda.empty_cache()
 
 
-def _from_iterate(folder: Path, policy: Policy) -> Loaded:
+def _from_iterate(folder: Path, policy: Policy, as_stored: bool) -> Loaded:
     """The model of an iterate's folder, or the base that its base.json names, without an adapter."""
     where, gguf_file, renders = _files(folder, policy.trust_remote_code)
     tokenizer = models.tokenizer_of(where, policy.trust_remote_code, gguf_file, **renders)
-    return models.ready(models.from_folder(where, policy, gguf_file), tokenizer)
+    return models.ready(models.from_folder(where, policy, gguf_file, as_stored=as_stored), tokenizer)
 
 
 def _files(folder: Path, trusted: bool) -> tuple[Path, str | None, dict[str, Any]]:

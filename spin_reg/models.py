@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import (
@@ -92,14 +92,14 @@ def _dtype(spec: Model) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[spec.dtype.value]
 
 
-def start(spec: Model) -> Loaded:
-    """The model a run starts from, before any SFT."""
+def start(spec: Model, *, as_stored: bool = False) -> Loaded:
+    """The model a run starts from, before any SFT; `as_stored`: see `from_folder`."""
     tokenizer = load_tokenizer(spec)
     if isinstance(spec, Tiny):
         return ready(_tiny(spec, tokenizer), tokenizer)
     assert isinstance(spec, Pretrained)
     policy = Policy(spec.dtype, spec.attn_implementation, None, spec.lora.quantize, spec.trust_remote_code)
-    return ready(from_folder(sources.model_folder(spec), policy, spec.gguf_file), tokenizer)
+    return ready(from_folder(sources.model_folder(spec), policy, spec.gguf_file, as_stored=as_stored), tokenizer)
 
 
 def load_tokenizer(spec: Model) -> PreTrainedTokenizerBase:
@@ -140,7 +140,15 @@ def _gguf(name: str | None) -> dict[str, str]:
     return {} if name is None else {"gguf_file": name}
 
 
-def from_folder(folder: Path, policy: Policy, gguf_file: str | None = None) -> PreTrainedModel:
+def from_folder(
+    folder: Path, policy: Policy, gguf_file: str | None = None, *, as_stored: bool = False
+) -> PreTrainedModel:
+    """The model of a folder.
+
+    Args:
+        as_stored: in the dtype of its files, if they have one: then it takes no memory before it is used, since they
+            are mapped; what is to be cast is cast by the caller.
+    """
     kwargs: dict[str, Any] = _gguf(gguf_file)
     if policy.attn_implementation is not None:
         kwargs["attn_implementation"] = policy.attn_implementation
@@ -153,15 +161,34 @@ def from_folder(folder: Path, policy: Policy, gguf_file: str | None = None) -> P
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    plain = as_stored and gguf_file is None and policy.quantize is Quantize.none
     with _reading(folder):
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=policy.trust_remote_code, **kwargs
+            folder,
+            dtype=plain and _stored(folder) or dtype,
+            use_safetensors=True,
+            trust_remote_code=policy.trust_remote_code,
+            **kwargs,
         )
+    if plain:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.dtype = dtype
     if gguf_file is not None:
         _written_out(model)
     if policy.quantize is Quantize.nf4:
         _unpacked(model)
     return model
+
+
+def _stored(folder: Path) -> torch.dtype | None:
+    """The one dtype of the weights in a folder's files."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - it is no dict
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return names.get(found.pop()) if len(found) == 1 else None
 
 
 def _written_out(model: PreTrainedModel) -> None:

@@ -26,12 +26,17 @@ class Scorer(nn.Module):
 
     Packed where the model reads such rows as it reads plain ones (`reads_packed`); else by the plain path, a prompt
     with each of its answers.
+
+    Args:
+        packs: what `reads_packed` found of the same model elsewhere; None: it is asked, which reads all weights.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, packs: bool | None = None) -> None:
         super().__init__()
         self.model = model
-        self.packs = reads_packed(model)
+        if packs:
+            _inner(model).set_attn_implementation(branches.NAME)
+        self.packs = reads_packed(model) if packs is None else packs
 
     def forward(self, groups: Sequence[Group]) -> Tensor:
         """(n,) float32 nats: the tokens of all answers, in the order of groups and answers."""

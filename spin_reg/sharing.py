@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from spin_reg import errors, ranks
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.packing import cut
+from spin_reg.settings import Sharding
 
 
 def turns(
@@ -71,18 +72,53 @@ def add_up(parameters: Sequence[nn.Parameter]) -> None:
         handle.wait()
 
 
-def shard(scorer: nn.Module, model: PreTrainedModel) -> None:
-    """Lay every weight across the ranks (FSDP2): a layer is put together while it is at work, the rest for a pass."""
+def thin(sharding: Sharding, adapted: bool) -> bool:
+    """Whether this rank may load a model's weights in whatever dtype they have: `shard` casts its share of them.
+
+    An adapter over them is made in their dtype, so it must be the right one.
+    """
+    return sharding is Sharding.full and not adapted and not ranks.is_main()
+
+
+def shard(scorer: nn.Module, model: PreTrainedModel, device: torch.device) -> None:
+    """Lay every weight across the ranks (FSDP2): a layer is put together while it is at work, the rest for a pass.
+
+    Layer by layer they are brought to the device, in the main rank's dtypes, and a rank's own part of them stays.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh(model.device.type, (ranks.world(),))
+    mesh = init_device_mesh(device.type, (ranks.world(),))
+    wanted = _of_main(scorer)
+
+    def cast(module: nn.Module) -> None:
+        for p in module.parameters():
+            if not sharded(p):
+                p.data = p.data.to(wanted[id(p)])
+
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in list(model.modules()):
         if type(module).__name__ in layers:
+            cast(module)
             fully_shard(module, mesh=mesh)
+    cast(scorer)
     fully_shard(scorer, mesh=mesh, reshard_after_forward=False)  # the head is read outside its own forward
     _allow_unequal(scorer)
+
+
+def _of_main(scorer: nn.Module) -> dict[int, torch.dtype]:
+    """The main rank's dtype of each weight, by its id; where one has read them in another, all take its buffers too,
+    since some are made with a dtype in mind.
+    """
+    own = [str(p.dtype).removeprefix("torch.") for p in scorer.parameters()]
+    told = ranks.from_main(own)
+    if any(ranks.gathered(own != told)):
+        buffers = list(scorer.buffers())
+        for buffer, dtype in zip(buffers, ranks.from_main([str(b.dtype)[6:] for b in buffers]), strict=True):
+            value = buffer.detach().to("cpu", getattr(torch, dtype)).contiguous()
+            torch.distributed.broadcast(value.view(-1).view(torch.uint8), src=0)
+            buffer.data = value.to(buffer.device)
+    return {id(p): getattr(torch, dtype) for p, dtype in zip(scorer.parameters(), told, strict=True)}
 
 
 def _allow_unequal(scorer: Any) -> None:

@@ -320,7 +320,7 @@ class Layer(torch.nn.Module):
         return self.used * x + (self.seldom.square() if seldom else 0.0)
 
 class Model(torch.nn.Module):
-    _no_split_modules, device = ["Layer"], torch.device("cpu")
+    _no_split_modules = ["Layer"]
     def __init__(self):
         super().__init__()
         self.layers = torch.nn.ModuleList([Layer(), Layer()])
@@ -361,7 +361,7 @@ alone, several = Scorer(), Scorer()
 if sys.argv[1] == "none":
     summed = lambda scorer: sharing.add_up(list(scorer.parameters()))
 else:
-    sharing.shard(several, several.model)
+    sharing.shard(several, several.model, torch.device("cpu"))
     summed = sharing.drop_unreached
 one = steps(alone, (0, 1), 1, lambda scorer: None)
 two = steps(several, (ranks.rank(),), 1 if sys.argv[1] == "none" else 2, summed)  # FSDP takes the mean
@@ -373,6 +373,75 @@ for (at, mean), (step, other) in zip(one[2], two[2], strict=True):
     assert at == step
     torch.testing.assert_close(mean, other)
 """
+
+
+SHARES = """
+import re
+import sys
+from pathlib import Path
+import torch
+from spin_reg import fit, iterates, models, ranks, scorer, sharing
+from spin_reg.settings import Dtype, Hardware, LrScheduler, Optimizer, Quantize, Sharding
+from spin_reg.specs import Policy
+
+folder, dtype, large = Path(sys.argv[1]), Dtype(sys.argv[2]), sys.argv[3] == "large"
+models.environment(1)
+ranks.join()
+
+def held():  # without what is mapped of files
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def read(as_stored):
+    model = models.from_folder(folder, Policy(dtype, None, None, Quantize.none, False), as_stored=as_stored)
+    return models.ready(model, models.byte_tokenizer()).model
+
+if not ranks.is_main():
+    def whole(model):
+        raise AssertionError("one rank finds that out for all")
+    fit.reads_packed = scorer.reads_packed = whole
+before = held()
+model = read(sharing.thin(Sharding.full, False))
+grown = held() - before
+spec = fit.FitSpec(1e-3, Optimizer.rmsprop, LrScheduler.constant, 0.0, 0.0, 1.0, 64, None, False, 9, 0, Sharding.full)
+accelerator = iterates.accelerator(Hardware(processes=2, sharding=Sharding.full))
+policy, *_ = fit._prepared(model, spec, accelerator, lambda: None)
+found = {name: sharing.whole(p.detach()) for name, p in policy.named_parameters()} | dict(policy.named_buffers())
+ranks.wait()
+one = scorer.Scorer(read(False), policy.packs)
+size = sum(p.numel() * p.element_size() for p in one.parameters())
+expected = {name: p.detach() for name, p in one.named_parameters()} | dict(one.named_buffers())
+assert list(found) == list(expected) and len(expected) > len(list(one.parameters()))
+for name, value in expected.items():
+    assert value.dtype == found[name].dtype and torch.equal(value, found[name]), name
+assert one.model.lm_head.weight is one.model.get_input_embeddings().weight
+if large and not ranks.is_main():
+    assert grown < 0.5 * size, (grown, size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["large", "scaled"])
+def test_a_rank_reads_its_share_of_the_weights(kind: str, stored: str, tmp_path: Path) -> None:
+    """To the bit as they would be read whole, and buffers, some of which are made in the dtype of the weights; until
+    then no memory is taken for any, in whatever dtype they are stored, and nothing is tried out on them.
+    """
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {"num_hidden_layers": 2, "intermediate_size": 64, "tie_word_embeddings": True}
+    if kind == "large":
+        sizes |= {"hidden_size": 1024, "num_hidden_layers": 4, "intermediate_size": 4096}
+    config = LlamaConfig(**sizes) if kind == "large" else Gemma3TextConfig(**sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, stored))
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "shares.py").write_text(SHARES)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "shares.py")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    for dtype in ("float32", "bfloat16"):
+        command = [sys.executable, *words, str(tmp_path / "model"), dtype, kind if dtype == "float32" else "small"]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_experts_are_refused_where_torch_would_hang() -> None:

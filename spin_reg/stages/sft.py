@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spin_reg import durable, iterates, models, ranks, sources, tables
+from spin_reg import durable, iterates, models, ranks, sharing, sources, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.models import Loaded
@@ -21,7 +21,8 @@ def _start(spec: SftSpec) -> tuple[Loaded, dict[str, Any] | None]:
     """The model to fit; with an adapter, also the record of its base."""
     if isinstance(spec.model, Pretrained):
         sources.checked_folder(spec.model, spec.sha256, "the record of this run")
-    loaded = models.start(spec.model)
+    adapts = isinstance(spec.model, Pretrained) and spec.model.lora.rank > 0
+    loaded = models.start(spec.model, as_stored=sharing.thin(spec.hardware.sharding, adapts))
     if not isinstance(spec.model, Pretrained) or spec.model.lora.rank == 0:
         return loaded, None
     from spin_reg import adapters

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spin_reg import durable, iterates, join, opponents, packing, ranks, selfcheck, tables
+from spin_reg import durable, iterates, join, opponents, packing, ranks, selfcheck, sharing, tables
 from spin_reg.context import Context
 from spin_reg.fit import FitSpec, Metrics, Task, batches, fit
 from spin_reg.losses import LOSSES, log_ratio_difference
@@ -26,8 +26,9 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
     """Write the next iterate as an ordinary model folder, and metrics.jsonl with one row a step."""
     names, task, before = _pairs(spec, inputs, out) if spec.loss.plays else _answers(inputs)
     fresh = None if spec.lora is None else (spec.lora, spec.seed)
-    loaded = iterates.load(inputs["model"], spec.policy, exclusive=True, fresh=fresh)
     base = None if spec.lora is None else iterates.base_of(inputs["model"])
+    thin = sharing.thin(spec.hardware.sharding, base is not None)
+    loaded = iterates.load(inputs["model"], spec.policy, exclusive=True, fresh=fresh, as_stored=thin)
     accelerator = iterates.accelerator(spec.hardware)
     metrics = fit(
         loaded.model,

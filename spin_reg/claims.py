@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from spin_reg import durable, rundir
+from spin_reg import durable, known
 from spin_reg.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -18,13 +18,13 @@ EVERY = 0.5  # seconds between two tries
 def claimed(outputs: Path, stage: Stage, *, poll: Callable[[], None]) -> Iterator[None]:
     """Hold the stage against the other runs in `outputs`. The system frees it when its owner ends, however it ends.
 
-    The lock's file goes when the stage is made and known (`rundir.remember`): who was waiting for it finds the stage,
+    The lock's file goes when the stage is made and known (`known.remember`): who was waiting for it finds the stage,
     and so does who comes later. Hence look again for the stage inside the block.
 
     Args:
         poll: called while it waits; may raise.
     """
-    path = rundir.lock(outputs, stage)
+    path = known.lock(outputs, stage)
     durable.make_folder(path.parent)
     lock, told = FileLock(path), False
     while not lock.is_locked:

@@ -8,9 +8,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+PLAIN = {str, int, bool, type(None)}  # what most values are: they are their own JSON values
+
 
 def plain(value: Any) -> Any:
     """Turn dataclasses, enums, tuples and paths into JSON values; refuse what has no stable text."""
+    if type(value) in PLAIN:
+        return value
     if isinstance(value, Enum):
         return plain(value.value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -23,7 +27,7 @@ def plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} cannot be part of an identity: it has no JSON text")
-    if value is None or isinstance(value, str | int | float | bool):
+    if isinstance(value, str | int | float):
         return value
     raise TypeError(f"{type(value).__name__} has no stable text, so it cannot be part of an identity")
 
@@ -33,6 +37,8 @@ def identity(value: Any) -> Any:
 
     Nor are fields marked `later` a part of it while they are at their default: they came after it.
     """
+    if type(value) in PLAIN:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = (f for f in dataclasses.fields(value) if not f.metadata.get("runtime"))
         named = ((f, getattr(value, f.name)) for f in fields)
@@ -46,12 +52,25 @@ def identity(value: Any) -> Any:
 
 def canonical(value: Any) -> str:
     """One text for one value: sorted keys, no spaces, no NaN."""
-    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _text(plain(value))
+
+
+def _text(plain_value: Any) -> str:
+    return json.dumps(plain_value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def digest(value: Any) -> str:
     """SHA-256 (hex) of the canonical text of a value."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
+    return _hashed(canonical(value))
+
+
+def digest_identity(value: Any) -> str:
+    """SHA-256 (hex) of the canonical text of a value's `identity`."""
+    return _hashed(_text(identity(value)))
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -79,7 +79,7 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         sizes.check_positions(settings.model, settings.dataset, settings.generation, matched)
     found = origins.found(settings, (saved or {}).get("sources", {}))
     stages = plan(settings, found)
-    states = [runner.state_of(root, outputs, stage) for stage in stages]
+    states = runner.states(root, outputs, stages)
     done = [stage for stage, state in zip(stages, states, strict=True) if state.status is Status.done]
     stop = results.stop(done, root=root, stages=stages, schedule=settings.schedule)
     if stop is not None:
@@ -143,7 +143,7 @@ def with_data(planned: Planned, *, listener: Listener, overrides: Sequence[str])
     if planned.states[0].status in (Status.done, Status.reuse):
         return planned
     execute(planned, listener=listener, overrides=overrides, data_alone=True)
-    states = [runner.state_of(planned.root, planned.outputs, stage) for stage in planned.stages]
+    states = runner.states(planned.root, planned.outputs, planned.stages)
     return replace(planned, states=states, config_whole=_config_whole(planned.root, _saved(planned.root)))
 
 

@@ -16,13 +16,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from spin_reg import child, errors, jobs, stopping
+from spin_reg import child, errors, stopping
 from spin_reg.context import Context
 from spin_reg.errors import SpinRegError
-from spin_reg.jobs import Job
 from spin_reg.redact import redacted
+
+if TYPE_CHECKING:
+    from spin_reg.jobs import Job  # which knows all stages: most verbs want none
 
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EVERY = 0.5  # seconds between two looks into the store
@@ -93,12 +95,14 @@ def _began() -> bool:
     return True
 
 
-def run(job: Job, context: Context) -> None:
+def run(job: "Job", context: Context) -> None:
     """Make a stage together with the followers, as rank 0.
 
     Raises:
         SpinRegError: what the stage raises here, or what a follower told.
     """
+    from spin_reg import jobs
+
     number = _here.jobs
     _here.jobs += 1
     _here.store.set(f"{number}/job", json.dumps(jobs.written(job), allow_nan=False))
@@ -114,7 +118,7 @@ def run(job: Job, context: Context) -> None:
         raise
 
 
-def _make(number: int, job: Job, context: Context) -> None:
+def _make(number: int, job: "Job", context: Context) -> None:
     """One rank's part of a job."""
     from spin_reg import ranks, worker
 
@@ -167,13 +171,14 @@ def _await(key: str) -> bool:
 
 def _take_part(number: int) -> None:
     """One job; what goes wrong is told to rank 0."""
+    from spin_reg import jobs
 
     def others() -> None:
         if _here.store.check([f"{number}/left"]):
             raise _Left
 
     try:
-        job: Job = jobs.read(Job, json.loads(_here.store.get(f"{number}/job")))
+        job: jobs.Job = jobs.read(jobs.Job, json.loads(_here.store.get(f"{number}/job")))
         _make(number, job, Context(poll=_polling(stopping.poll, others)))
     except _Left:
         return

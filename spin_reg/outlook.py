@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from spin_reg import amounts, estimate, judges, pace, remedies, results, rundir, runner, space
+from spin_reg import amounts, estimate, judges, known, pace, remedies, results, runner, space
 from spin_reg.amounts import Amounts
 from spin_reg.config import Config
 from spin_reg.plan import Sources, Stage
@@ -53,7 +53,7 @@ class Planned:
 
     def folder(self, stage: Stage) -> Path:
         """Where a stage's files lie, or will: here, or in the run they are taken over from."""
-        copies = [] if (self.root / stage.folder).is_dir() else rundir.elsewhere(self.outputs, stage)
+        copies = [] if (self.root / stage.folder).is_dir() else known.elsewhere(self.outputs, stage)
         return next(iter(copies), self.root / stage.folder)
 
     @cached_property
@@ -99,7 +99,8 @@ def of_stage(planned: Planned, stage: Stage, state: State) -> dict[str, int | No
 def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, str | None, judges.Cost]:
     """Of the stages still to be made: tokens, memory, what makes that fit where it does not, what a judge is asked."""
     todo, have, model = planned.todo, planned.have, planned.config.model
-    memory, helps = estimate.memory(todo, model, have.rows), remedies.helps(todo, model, estimate.room(), have.rows)
+    memory, room = estimate.memory(todo, model, have.rows), estimate.room()
+    helps = remedies.helps(todo, model, room, have.rows) if memory.most > room else None
     return estimate.work(todo, have), memory, helps, judges.expected(todo, planned.sources.mt_bench, planned.root)
 
 

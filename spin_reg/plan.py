@@ -310,17 +310,17 @@ class _Builder:
         """
         found = []
         for i, j in [(k, j) for j in range(k + 1) if k > 0] + [(i, k) for i in range(1, k)]:
-            reference = self._opponent(i - 1).reference
-            support, scorers = opponents.support(reference), opponents.scorers(reference, j)
-            if not scorers <= support:  # it has no value for answers from outside its window
-                continue
             there, whole = len(self.stages), self.config.evaluation.crossplay
             answers = self.heldout_answers(j)
-            if whole or all(self._held(scorer, answers) for scorer in {i} | scorers):
-                more = self._entry(i, answers, support, scorers)
-                if whole or len(self.stages) == there:
-                    found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
-                    continue
+            if whole or self._held(i, answers):  # of a hundred iterates few have read another's answers
+                reference = self._opponent(i - 1).reference
+                support, scorers = opponents.support(reference), opponents.scorers(reference, j)
+                inside = scorers <= support  # else it has no value for these answers
+                if inside and (whole or all(self._held(scorer, answers) for scorer in scorers)):
+                    more = self._entry(i, answers, support, scorers)
+                    if whole or len(self.stages) == there:
+                        found.append((PairsSpec(i - 1, (j,), opponents.to_json(reference), draw=None), more))
+                        continue
             while len(self.stages) > there:
                 self.stages.popitem()
         return found

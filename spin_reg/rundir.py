@@ -1,10 +1,10 @@
-"""The run folder: its provenance, its stages' manifests, its owner; and where finished stages of other runs lie."""
+"""The run folder: its provenance, its stages' manifests, and its owner."""
 
 import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
@@ -14,11 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from spin_reg import durable
-from spin_reg.errors import DamagedError, RunBusy, SpinRegError
+from spin_reg.errors import DamagedError, RunBusy
 from spin_reg.fingerprint import digest, file_sha256, plain
 from spin_reg.stage import Stage
 
-MANIFEST, RUN, STAGES, OWNER = "stage.json", "run.json", ".stages", ".owner.json"
+MANIFEST, RUN, OWNER = "stage.json", "run.json", ".owner.json"
 MARKER = f"{durable.SCRATCH}/fingerprint"
 WEIGHTS = "*.safetensors"
 SMALL = 1 << 16  # bytes; files up to this size are hashed whenever a stage is looked at, larger ones when used
@@ -63,7 +63,7 @@ def readable(folder: Path) -> Manifest | None:
 def _shaped(found: Manifest) -> Manifest:
     """The manifest, if it has what is read of it and names files of its own folder alone; else a ValueError."""
     for name, entry in found["files"].items():
-        if not _inside(name) or not {"size", "sha256"} <= set(entry):
+        if not inside(name) or not {"size", "sha256"} <= set(entry):
             raise ValueError(f"the file {name}")
     missing = {"fingerprint", "spec", "version", "needs", "inputs", "content", "removed"} - set(found)
     if missing:
@@ -71,7 +71,7 @@ def _shaped(found: Manifest) -> Manifest:
     return found
 
 
-def _inside(name: str) -> bool:
+def inside(name: str) -> bool:
     """Whether a relative path stays in its folder: files are made under the names that a manifest gives."""
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
@@ -212,71 +212,6 @@ def publish(root: Path, stage: Stage, work: Path) -> None:
     else:
         durable.remove(target)  # there only where a stage is made anew
         durable.rename_folder(work, target)
-
-
-def remember(outputs: Path, root: Path, stage: Stage) -> None:
-    """Note in `outputs/.stages` where this finished stage lies; the lock of who was to make it is then without use."""
-    line = str((root / stage.folder).relative_to(outputs))
-    path = outputs / STAGES / f"{stage.fingerprint}-{digest(line)[:16]}"  # one run's own: runs at work share the folder
-    if not path.is_file() or path.read_bytes() != line.encode():
-        durable.make_folder(path.parent)
-        durable.write_bytes(path, line.encode())
-    lock(outputs, stage).unlink(missing_ok=True)
-
-
-def lock(outputs: Path, stage: Stage) -> Path:
-    """The file that is locked by who makes this stage."""
-    return outputs / STAGES / f".{stage.fingerprint}.lock"
-
-
-def elsewhere(outputs: Path, stage: Stage, inputs: Callable[[], Mapping[str, str | None]] = dict) -> list[Path]:
-    """Other runs' folders of this stage, made from the same inputs; sizes are looked at, contents are not.
-
-    Args:
-        inputs: tells what it is to be made from, and is asked only where there are such folders.
-    """
-    folder, first = outputs / STAGES, f"{stage.fingerprint}-"
-    there = os.listdir(folder) if folder.is_dir() else []  # a pattern of its own for each stage is slow to compile
-    names = sorted(name for name in there if name.startswith(first) and not name.endswith(".tmp"))
-    if not names:
-        return []
-    made_from = inputs()
-    lines = [(folder / name).read_text(encoding="utf-8", errors="replace") for name in names]
-    return [outputs / line for line in lines if _inside(line) and _usable(outputs / line, stage, made_from)]
-
-
-def _usable(folder: Path, stage: Stage, inputs: Mapping[str, str | None]) -> bool:
-    try:
-        found = manifest(folder)
-        if found is None or found["fingerprint"] != stage.fingerprint or found["removed"]:
-            return False
-        check_sizes(folder, found)
-    except DamagedError:
-        return False
-    return all(content in (None, found["inputs"].get(role)) for role, content in inputs.items())
-
-
-def adopt(root: Path, stage: Stage, folder: Path) -> None:
-    """Publish a stage of another run here: hard links, or copies across disks.
-
-    Raises:
-        DamagedError: its content is not what was written, or goes while it is taken over.
-    """
-    work, found = root / f"{stage.folder}.tmp", manifest(folder)
-    if found is None or found["removed"]:
-        raise damaged(folder / MANIFEST, "it has just been removed")
-    check_hashes(folder, found)
-    durable.remove(work)
-    for name in found["files"]:
-        try:
-            durable.link(folder / name, work / name)
-        except SpinRegError as error:
-            if not (folder / name).is_file():
-                raise damaged(folder / name, "it has just been removed") from error
-            raise
-    durable.write_record(work / MANIFEST, found)  # the one that was checked, whatever stands there by now
-    (work / MANIFEST).chmod(0o444)
-    publish(root, stage, work)
 
 
 def drop_weights(folder: Path) -> None:

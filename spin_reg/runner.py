@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from spin_reg import claims, durable, rundir, stopping, usage
+from spin_reg import claims, durable, known, rundir, stopping, usage
 from spin_reg.context import Context, Logged, Sink
 from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.fingerprint import plain
@@ -54,8 +54,17 @@ class Listener(Protocol):
         """The running stage is done."""
 
 
-def state_of(root: Path, outputs: Path, stage: Stage) -> State:
+def states(root: Path, outputs: Path, stages: Sequence[Stage]) -> list[State]:
+    """`state_of` each, by one look at what other runs have."""
+    notes = known.remembered(outputs)
+    return [state_of(root, outputs, stage, notes) for stage in stages]
+
+
+def state_of(root: Path, outputs: Path, stage: Stage, notes: Mapping[str, Sequence[str]] | None = None) -> State:
     """Done, to do, to be adopted from another run, or made otherwise than now planned.
+
+    Args:
+        notes: of what other runs have, as `known.remembered`; None: look now.
 
     Raises:
         DamagedError: a file of weights that are there is damaged; what can be made again is to do instead.
@@ -70,7 +79,7 @@ def state_of(root: Path, outputs: Path, stage: Stage) -> State:
             raise
         return State(Status.todo, f"{damage.where} is damaged ({damage.why}), so it is made again", damaged=True)
     if found is None:
-        copies = rundir.elsewhere(outputs, stage, partial(contents, root, stage))
+        copies = known.elsewhere(outputs, stage, partial(contents, root, stage), notes)
         if copies:
             return State(Status.reuse, f"the same stage lies in {copies[0].relative_to(outputs)}")
         begun = (root / f"{stage.folder}.tmp").exists()
@@ -142,7 +151,8 @@ def run_all(
     kept = {stage.name: stage_rows(root, stage) for stage in stages}
     _name_damage(root)
     _publish(root / METRICS, kept)
-    todo = [s for s in stages if unneeded is not None and state_of(root, outputs, s).status is not Status.done]
+    before = zip(stages, states(root, outputs, stages), strict=True) if unneeded is not None else ()
+    todo = [stage for stage, state in before if state.status is not Status.done]
     sent = 0
     for index, stage in enumerate(stages, start=1):
         stopping.poll()
@@ -154,7 +164,7 @@ def run_all(
         log.log(level, "%s: %s (%s)", stage.name, state.status, state.reason)
         if state.status is not Status.done:
             _bring(stage, state, outputs, maker, Context(listener.progress, _live(sink, sent), stopping.poll))
-        rundir.remember(outputs, root, stage)
+        known.remember(outputs, root, stage)
         if state.status is not Status.done:
             kept[stage.name] = stage_rows(root, stage)
             _publish(root / METRICS, kept)
@@ -178,14 +188,14 @@ def _bring(stage: Stage, state: State, outputs: Path, maker: "_Maker", context: 
         now = state_of(maker.root, outputs, stage)
         if now.status is not Status.reuse or not _adopted(maker.root, outputs, stage):
             maker.make(stage, context)
-        rundir.remember(outputs, maker.root, stage)
+        known.remember(outputs, maker.root, stage)
 
 
 def _adopted(root: Path, outputs: Path, stage: Stage) -> bool:
     """Take the stage over from another run; False where every copy turns out to be damaged."""
-    for lies in rundir.elsewhere(outputs, stage, partial(contents, root, stage)):
+    for lies in known.elsewhere(outputs, stage, partial(contents, root, stage)):
         try:
-            rundir.adopt(root, stage, lies)
+            known.adopt(root, stage, lies)
             log.info("%s: taken from %s", stage.name, lies.relative_to(outputs))
             return True
         except DamagedError as damage:

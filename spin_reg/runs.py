@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from spin_reg import config, durable, launch, overrides, rundir, space, vetting
+from spin_reg import config, durable, known, launch, overrides, rundir, space, vetting
 from spin_reg.errors import ConfigError, RunBusy, SpinRegError
 
 YES = "--yes"
@@ -79,7 +79,7 @@ def gc(words: Sequence[str], conf: Path) -> int:
     collected = [_collect(root, keep, conf, remove=YES in words) for root in roots]
     index = space.stale_index(outputs)
     if index:
-        print(f"{outputs / rundir.STAGES}: {len(index)} entries of stages that are gone")
+        print(f"{outputs / known.STAGES}: {len(index)} entries of stages that are gone")
         for path in index if YES in words else []:
             durable.remove(path)
     done = "removed" if YES in words else f"to be freed; nothing was removed: add {YES} to do it"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spin_reg import amounts, durable, rundir, sizes
+from spin_reg import amounts, durable, known, rundir, sizes
 from spin_reg.amounts import Amounts
 from spin_reg.config import Config
 from spin_reg.corpora import published
@@ -238,7 +238,7 @@ def remove(found: Sequence[Garbage]) -> None:
 def stale_index(outputs: Path) -> list[Path]:
     """Entries of `.stages` whose folders are gone."""
     found = []
-    for path in sorted((outputs / rundir.STAGES).glob("[!.]*")):  # not one that is being written
+    for path in sorted((outputs / known.STAGES).glob("[!.]*")):  # not one that is being written
         line = path.read_text(encoding="utf-8", errors="replace")
         if not (outputs / line / rundir.MANIFEST).is_file():
             found.append(path)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from spin_reg.benchmarks import TaskFiles
-from spin_reg.fingerprint import digest, identity
+from spin_reg.fingerprint import digest_identity
 from spin_reg.mt_bench import Asked
 from spin_reg.specs import Spec
 
@@ -47,4 +47,4 @@ class Stage:
     def fingerprint(self) -> str:
         """SHA-256 over kind, version, the result-changing fields of the spec, and the needs' fingerprints."""
         needs = {role: need.fingerprint for role, need in self.needs.items()}
-        return digest([self.spec.kind, self.spec.version, identity(self.spec), needs])
+        return digest_identity([self.spec.kind, self.spec.version, self.spec, needs])

@@ -111,6 +111,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "survey",
             "claims",
             "rundir",
+            "known",
             "runner",
             "processes",
             "launched",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_pipeline import run, stages, stub
 
-from spin_reg import claims, rundir
+from spin_reg import claims, known, rundir
 from spin_reg.context import Context
 from spin_reg.errors import Stopped
 from spin_reg.plan import Stage
@@ -50,7 +50,7 @@ def test_stages_that_two_runs_want_at_once_are_made_once(tmp_path: Path) -> None
     assert len(shared) > 5
     for name, plan in zip(("run0", "run1"), plans, strict=True):
         assert all(rundir.manifest(tmp_path / name / stage.folder) for stage in plan)
-    assert not list((tmp_path / rundir.STAGES).glob(".*"))  # no lock outlives its stage
+    assert not list((tmp_path / known.STAGES).glob(".*"))  # no lock outlives its stage
 
 
 def test_who_waits_makes_the_stage_where_the_other_one_failed(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_who_waits_makes_the_stage_where_the_other_one_failed(tmp_path: Path) ->
 
 def test_the_system_frees_what_a_killed_process_held_and_a_signal_ends_the_wait(tmp_path: Path) -> None:
     (stage,) = stages("regularizer=none", "evaluation=none")[:1]
-    path = rundir.lock(tmp_path, stage)
+    path = known.lock(tmp_path, stage)
     path.parent.mkdir()
     holder = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
     holder += "print('held', flush=True); time.sleep(60)"

@@ -14,7 +14,7 @@ from conftest import ROOT
 from faults import Counter, Killed, before_calls, inside_calls
 from hydra import compose, initialize_config_dir
 
-from spin_reg import config, durable, overrides, rundir, runner, tables
+from spin_reg import config, durable, known, overrides, rundir, runner, tables
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, DamagedError, NoSpace, RunBusy, SpinRegError
 from spin_reg.plan import Sources, Stage, plan
@@ -264,6 +264,21 @@ def test_a_damaged_stage_elsewhere_is_not_adopted(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[::-1])
     run(stages("alpha=0.5"), tmp_path, "b")
     assert (tmp_path / "b/iterate-00/model/result").read_bytes() != path.read_bytes()
+
+
+def test_a_plan_looks_once_at_what_other_runs_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And finds what each stage by itself would; a note that has gone since is no error."""
+    run(stages("regularizer=none"), tmp_path, "a")
+    made, root = stages("alpha=0.5"), tmp_path / "b"
+    alone = [runner.state_of(root, tmp_path, stage) for stage in made]
+    looked: list[Path] = []
+    real = known.remembered
+    monkeypatch.setattr(known, "remembered", lambda outputs: looked.append(outputs) or real(outputs))
+    assert runner.states(root, tmp_path, made) == alone and looked == [tmp_path]
+    assert {state.status for state in alone} == {Status.reuse, Status.todo}
+    notes = real(tmp_path)
+    shutil.rmtree(tmp_path / known.STAGES)
+    assert all(known.elsewhere(tmp_path, stage, notes=notes) == [] for stage in made)
 
 
 def hurt(path: Path, damage: str) -> None:

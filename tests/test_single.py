@@ -101,3 +101,13 @@ def test_plan_loads_nothing_that_it_does_not_need(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
+
+
+def test_help_loads_nothing_of_the_stages(tmp_path: Path) -> None:
+    """Some 40 ms of half a hundred that the page takes."""
+    code = (
+        "import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', '--help']\n"
+        "try: cli.main()\nexcept SystemExit: print([m for m in ('hydra', 'spin_reg.specs') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout

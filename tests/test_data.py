@@ -131,8 +131,13 @@ def test_a_folder_like_a_hub_data_set_trains(train: Callable[..., Path], tmp_pat
     assert len(pq.read_table(root / "iteration-00/pairs.parquet")) == 24
 
 
+def without_control_tokens(text: str) -> bool:
+    """They are refused, and Hypothesis knows them: it draws strings that stand in the code, too."""
+    return not any(token in text for token in TOKENIZER.get_added_vocab())
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6))
+@given(st.lists(st.text(min_size=1).filter(str.strip).filter(without_control_tokens), min_size=2, max_size=6))
 def test_rendering_keeps_text_and_ends_once(texts: list[str]) -> None:
     """Prompt is a prefix, the answer ends with exactly one end token, and the bytes of the text come back."""
     count = len(texts) // 2 * 2

@@ -224,9 +224,11 @@ def memory(todo: Sequence[Stage], model: Model, rows: Mapping[Split, int] | None
     ours = [stage for stage in heavy if not _by_vllm(stage)]
     if widths is None or not ours:
         return Memory({}, vllm=len(ours) < len(heavy))
+    mapped = sizes.cast_from(model, BYTES[model.dtype])
+    weights = _Weights(sizes.parameters(model), sizes.trained_parameters(model), mapped)
     found: dict[str, Held] = {}
     for stage in ours:
-        held = _held(stage, widths, model, rows or {})
+        held = _held(stage, widths, weights, model, rows or {})
         if stage.kind not in found or held.total > found[stage.kind].total:
             found[stage.kind] = held
     hardware = [stage.spec.hardware for stage in heavy if isinstance(stage.spec, Heavy)]
@@ -247,11 +249,20 @@ SHARED = {
 }
 
 
-def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, int]) -> Held:
+@dataclass(frozen=True)
+class _Weights:
+    """How many a model has and how many are trained; bytes of the files that they are cast from."""
+
+    count: int
+    trained: int
+    cast_from: int
+
+
+def _held(stage: Stage, widths: sizes.Shape, of: _Weights, model: Model, rows: Mapping[Split, int]) -> Held:
     spec = stage.spec
     assert isinstance(spec, Heavy)
     trains = isinstance(spec, SftSpec | TrainSpec)
-    weights, trained = sizes.parameters(model), sizes.trained_parameters(model) if trains else 0
+    weights, trained = of.count, of.trained if trains else 0
     quantized = QUANTIZED[model.lora.quantize] if isinstance(model, Pretrained) else None
     cast = spec.hardware.precision is Precision.bf16 and model.dtype is Dtype.float32
     copy = 0 if quantized or not (cast or isinstance(spec, GenerateSpec)) else 2 if cast else BYTES[model.dtype]
@@ -275,7 +286,7 @@ def _held(stage: Stage, widths: sizes.Shape, model: Model, rows: Mapping[Split, 
         libraries=LIBRARIES,
     )
     later = held.total - LIBRARIES - round(plain / over["parameters"])
-    return replace(held, mapped=max(0, sizes.cast_from(model, BYTES[model.dtype]) - later))
+    return replace(held, mapped=max(0, of.cast_from - later))
 
 
 def _working(

@@ -57,6 +57,11 @@ class Planned:
         return next(iter(copies), self.root / stage.folder)
 
     @cached_property
+    def iterate(self) -> int:
+        """Bytes of an iterate's model."""
+        return space.iterate(self.config.model)
+
+    @cached_property
     def have(self) -> Amounts:
         """How many examples there are and how long they are: as prepared, and as the newest answers are; or at most."""
         drawn = [
@@ -93,7 +98,7 @@ def of_stage(planned: Planned, stage: Stage, state: State) -> dict[str, int | No
     if state.status is not Status.todo:
         return {"tokens": 0, "disk": 0}
     (piece,) = estimate.pieces([stage], planned.have)
-    return {"tokens": piece.tokens, "disk": space.stored(stage, planned.config.model, planned.have)}
+    return {"tokens": piece.tokens, "disk": space.stored(stage, planned.iterate, planned.have)}
 
 
 def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, str | None, judges.Cost]:

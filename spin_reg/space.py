@@ -102,11 +102,11 @@ def need(
     Args:
         keep, future: what is removed on the way (see `unneeded`).
     """
-    weights = _weights(model)
+    weights, whole = _weights(model), iterate(model)
     held, peak, iterates, checkpoints, tables = 0, 0, 0, 0, 0
     gone: set[str] = set()
     for place, stage in enumerate(todo):
-        size, spec = stored(stage, model, have), stage.spec
+        size, spec = stored(stage, whole, have), stage.spec
         if isinstance(spec, SftSpec | TrainSpec):
             optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
             scratch = 2 * weights * (1 + SLOTS[optimizer])  # the next checkpoint is whole before the last one goes
@@ -126,10 +126,15 @@ def need(
     return Need(peak, held, iterates, checkpoints, tables, counted, have.measured, download)
 
 
-def stored(stage: Stage, model: Model, have: Amounts) -> int:
-    """Bytes of a finished stage."""
+def iterate(model: Model) -> int:
+    """Bytes of an iterate's model: its weights, its tokenizer."""
+    return _weights(model) + sizes.of_tokenizer(model)
+
+
+def stored(stage: Stage, iterate: int, have: Amounts) -> int:
+    """Bytes of a finished stage; `iterate`: of an iterate's model."""
     if isinstance(stage.spec, SftSpec | TrainSpec):
-        return have.small + _weights(model) + sizes.of_tokenizer(model)
+        return have.small + iterate
     return have.small + round(_table(stage, have))
 
 

@@ -119,7 +119,7 @@ def test_references_come_from_the_tables_whatever_adapter_is_on(made: Path) -> N
 def test_one_base_in_memory_while_iterates_change(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
     real = models.from_folder
-    monkeypatch.setattr(models, "from_folder", lambda *a: loads.append(a) or real(*a))
+    monkeypatch.setattr(models, "from_folder", lambda *a, **kwargs: loads.append(a) or real(*a, **kwargs))
     folders = [made / "iterate-00", *(made / f"iterate-{k:02d}/model" for k in (1, 2, 3))]
     iterates.forget()
     first = [logprobs(folder) for folder in folders]

@@ -213,8 +213,10 @@ def memory(todo: Sequence[Stage], model: Model, rows: Mapping[Split, int] | None
         libraries   Python, torch and transformers as imported
 
     With gradient checkpointing a layer keeps h and one layer is made again at a time. `sharding` divides what it shares
-    of training's parameters, gradients and optimizer, to which ZeRO adds 4 T, by the processes. Coarse: kernels' own
-    needs, attention without flash, and fragments that the allocator keeps, are not counted; rows are mostly shorter.
+    of training's parameters, gradients and optimizer, to which ZeRO adds 4 T, by the processes. Not counted: what the
+    main rank reads whole before a model is laid out (each rank does, of a quantized base, a GGUF file, or where weights
+    are cast under an adapter). Coarse: kernels' own needs, attention without flash or in float32 under bf16, and
+    fragments that the allocator keeps, are not counted; rows are mostly shorter.
 
     Args:
         rows: how many examples each split has, or may have, so that none is counted that is not there.

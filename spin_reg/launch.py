@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ from spin_reg.plan import plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, Status
 from spin_reg.settings import KeepIterates, Tracker
+from spin_reg.sheet import short
 from spin_reg.specs import BenchmarkSpec, PrepareSpec, SftSpec, Split, TrainSpec
 
 QUIET = {
@@ -53,7 +55,6 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
 CONFIG = "config.yaml"
-PREPARED = "prepared"  # in run.json, as long as its data alone were asked for
 log = logging.getLogger(__name__)
 
 
@@ -104,7 +105,8 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str], d
         data_alone: make the data and leave it at that; only what they need is asked of the disk, nothing of a judge.
 
     Raises:
-        RunBusy: another process owns the folder. Whatever a stage raises.
+        RunBusy: another process owns the folder. ConfigError: `data_alone`, of a run that was played. Whatever a stage
+            raises.
     """
     settings, root = planned.config, planned.root
     for stage, state in zip(planned.stages, planned.states, strict=True):
@@ -126,11 +128,10 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str], d
             if _played(saved) > settings.schedule.iterations:
                 why = "another process has just given it more iterations"
                 raise RunBusy("This run has changed.", where=str(root), why=why, todo="run the same command again")
+            if data_alone and survey.PREPARED not in saved:
+                raise _refused_to_prepare(root)
         environment(settings)
-        if data_alone and saved is not None and PREPARED not in saved:  # what is on record of it is what was played
-            planned = replace(planned, whole=False)
-        else:
-            _write_provenance(planned, overrides, data_alone=data_alone)
+        _write_provenance(planned, overrides, data_alone=data_alone)
         return _run(planned, listener, read, data_alone=data_alone)
 
 
@@ -150,7 +151,7 @@ def with_data(planned: Planned, *, listener: Listener, overrides: Sequence[str])
 def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None, *, data_alone: bool) -> Planned:
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
-        _warn_of_versions(planned)
+        _warn_of_versions(root, [] if data_alone else _also(planned))
         if not planned.config_whole:
             log.warning("%s is damaged or missing: it was written again", root / CONFIG)
         keep = settings.keep_iterates
@@ -256,13 +257,24 @@ def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any])
 
 def _played(saved: Mapping[str, Any]) -> int:
     """How many iterations a run has by its record: none yet where its data alone were asked for."""
-    return 0 if PREPARED in saved else int(saved["iterations"])
+    return 0 if survey.PREPARED in saved else int(saved["iterations"])
+
+
+def _refused_to_prepare(root: Path) -> ConfigError:
+    return ConfigError(
+        "--prepare makes the data of runs that were not played yet.",
+        where=str(root),
+        why="its data are gone or damaged, and what it played with is for train and resume to make again",
+        todo=f"spin-reg resume {shlex.quote(short(root))}, or leave --prepare out",
+    )
 
 
 def _write_provenance(planned: Planned, overrides: Sequence[str], *, data_alone: bool) -> None:
     settings, found = planned.config, planned.sources
     path = planned.root / rundir.RUN
     before = rundir.provenance(planned.root) or {}
+    if survey.PREPARED in before and not data_alone:  # the run begins now; its data stay those that were looked at
+        before = {key: before[key] for key in ("cwd", "sources")}
     value = {
         "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
         "command": before.get("command") or [redacted(word) for word in sys.argv],
@@ -271,11 +283,11 @@ def _write_provenance(planned: Planned, overrides: Sequence[str], *, data_alone:
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
         "sources": origins.record(settings, found, before.get("sources", {})),
-        "versions": versions.began(before.get("versions", {}), _also(planned)),
+        "versions": versions.began(before.get("versions", {}), [] if data_alone else _also(planned)),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "threads": processes.threads(settings.hardware),
         "processes": processes.count(settings.hardware),
-    } | ({PREPARED: True} if data_alone else {})
+    } | ({survey.PREPARED: True} if data_alone else {})
     text = config.as_yaml(settings).encode()
     durable.write_record(path, value | {"config_sha256": sha256(text).hexdigest()})  # first: it makes the folder ours
     durable.write_bytes(planned.root / CONFIG, text)
@@ -293,9 +305,9 @@ def _also(planned: Planned) -> list[str]:
     return processes.packages(planned.config.hardware) if trains else []
 
 
-def _warn_of_versions(planned: Planned) -> None:
+def _warn_of_versions(root: Path, also: Sequence[str]) -> None:
     """Versions are provenance: other ones than the run began with are told, not refused."""
-    saved = _saved(planned.root)
+    saved = _saved(root)
     assert saved is not None
-    if changed := versions.changed(saved["versions"], _also(planned)):
+    if changed := versions.changed(saved["versions"], also):
         log.warning("versions differ from those this run began with: %s", ", ".join(changed))

@@ -12,6 +12,10 @@ from spin_reg.settings import Dtype, Lora, Precision, Pretrained, Quantize
 from spin_reg.specs import AnswersSpec, BenchmarkSpec, Policy, Split, TrainSpec
 from spin_reg.stage import Stage
 
+READING = (
+    2  # how packed rows are laid out and attended to: a new number where their log-probs move by more than in float32
+)
+
 
 def policy(config: Config) -> Policy:
     """How the run's iterates are loaded."""
@@ -104,7 +108,7 @@ def benchmarks(config: Config, tasks: Mapping[str, TaskFiles], k: int) -> list[B
 
 def _layout(config: Config) -> tuple[int | None, ...] | None:
     """In bf16, and over a quantized base (its kernels choose their arithmetic by a batch's shape), a log-prob moves
-    with its batch companions, so the batch sizes are part of what a stage is.
+    with its batch companions, so the batch sizes are part of what a stage is, and so is how rows are read.
     """
     quantized = isinstance(config.model, Pretrained) and config.model.lora.quantize is not Quantize.none
     if config.hardware.precision is Precision.fp32 and config.model.dtype is Dtype.float32 and not quantized:
@@ -112,4 +116,4 @@ def _layout(config: Config) -> tuple[int | None, ...] | None:
     hardware = config.hardware
     sizes = (hardware.batch_tokens, hardware.micro_batch_size, hardware.score_batch_size)
     shards = () if hardware.shard_size is None else (hardware.shard_size,)  # no batch crosses a shard's border
-    return (*sizes, config.generation.batch_size, *shards)
+    return (READING, *sizes, config.generation.batch_size, *shards)

@@ -26,7 +26,7 @@ def show(planned: Planned) -> None:
     if planned.stop is not None:
         print(f"  stopped {planned.stop.words()}")
     tokens, memory, helps, asked = outlook.estimates(planned)
-    unread = tokens.tokens and planned.states[0].status is Status.todo
+    unread = tokens.tokens and not tokens.measured and planned.states[0].status is Status.todo
     print(f"  tokens: {tokens.words()}{BOUNDS if unread else ''}")
     if asked.calls or asked.cached:
         print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")

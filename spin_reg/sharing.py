@@ -125,7 +125,8 @@ def _allow_unequal(scorer: Any) -> None:
     """Ranks need not reach the same weights.
 
     Raises:
-        ConfigError: they may well not, and torch cannot have that.
+        ConfigError: torch cannot have that, and the model has experts that are modules of their own. Other weights that
+            hang on what is read are not looked for: there FSDP2 of such a torch hangs.
     """
     if hasattr(scorer, "set_reduce_scatter_unused_params"):
         scorer.set_reduce_scatter_unused_params(True)

@@ -13,6 +13,7 @@ from spin_reg import durable, opponents, pace, rundir
 from spin_reg.errors import DamagedError
 from spin_reg.pace import Piece
 
+PREPARED = "prepared"  # in run.json, as long as its data alone were asked for
 PLAN = ".plan.json"  # what `status` knows of the stages to come; nothing else is read from it
 LOG, STOPPED = "run.log", "stopped.json"
 TAIL = 1 << 16  # bytes of a log that hold how its last call ended
@@ -110,7 +111,7 @@ def look(root: Path) -> Seen:
     over = (root / STOPPED).exists() or (not todo if pieces else iterates > saved["iterations"])
     owner = _owner(root)
     text = _log(root, TAIL if over and owner is None else None)
-    state, ended = ("running", None) if owner else ("finished", None) if over else _end(text)
+    state, ended = ("running", None) if owner else ("finished", None) if over else _end(text, PREPARED in saved)
     left = pace.left(pieces, todo, text) if pieces and state != "finished" else None
     return Seen(
         root.name,
@@ -201,13 +202,14 @@ def _owner(root: Path) -> str | None:
     return f"{host}, pid {pid}"
 
 
-def _end(text: str) -> tuple[str, str | None]:
+def _end(text: str, prepared: bool) -> tuple[str, str | None]:
     """How the last call of a run that is not finished ended: the state and the error."""
     ends = list(ENDED.finditer(text))
     if not ends or BEGUN.search(text, ends[-1].end()):
         return "interrupted", None
     kind, said = ends[-1].groups()
-    return {None: "prepared", "Stopped": "stopped"}.get(kind, "failed"), said
+    alone = "prepared" if prepared else "interrupted"  # a run that begins after it logs nothing before its first stage
+    return {None: alone, "Stopped": "stopped"}.get(kind, "failed"), said
 
 
 def _work(text: str, begun: Sequence[str]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ TABLE: dict[str, Verb] = {
         exits=RUNNING,
     ),
     "plan": Verb(
-        "print what train would do, what is done, and what it may cost; runs nothing",
+        "print what train would do, what is done, and what it may cost; runs nothing (--prepare: its data)",
         "A line a stage: done, reuse, todo or stale, its tokens and disk, and why; then what all may take. No data are "
         'read for it: until they are prepared, by train or by --prepare, tokens and disk are bounds ("at most").',
         (

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, SMALL, Command, Result
 
-from spin_reg import console, launch, rundir, space, tracking
+from spin_reg import console, launch, rundir, space, tracking, versions
 
 SFT = ["loss=sft", "evaluation=none", "schedule.iterations=1"]  # nothing is drawn: tokens are those of the real answers
 
@@ -63,7 +63,7 @@ def test_where_the_data_are_nothing_is_made(command: Command, tmp_path: Path, mo
     monkeypatch.setattr(launch, "execute", lambda *args, **kwargs: pytest.fail("it is there"))
     again = command("plan", *mine, "--prepare")
     assert (again.code, again.out, again.err) == (0, first.out, "") and "--prepare" not in again.out
-    other = command("plan", "--prepare", *words(tmp_path, *SFT, "seed=1")[:-1], "run_name=other")
+    other = command("plan", "--prepare", *words(tmp_path, *SFT), "run_name=other")
     assert other.out.splitlines()[1].split()[:2] == ["reuse", "data"], other.out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -118,16 +118,31 @@ def test_a_run_that_was_only_prepared_may_have_fewer_iterations(command: Command
     assert json.loads((tmp_path / "run/run.json").read_text())["iterations"] == 1
 
 
-def test_data_made_again_for_a_run_that_was_played_change_nothing_on_record(command: Command, tmp_path: Path) -> None:
+def test_the_data_of_a_run_that_was_played_are_left_to_it(command: Command, tmp_path: Path) -> None:
+    """What is on its record may hang on settings that are no part of what it is."""
     mine, root = words(tmp_path, *SFT), tmp_path / "run"
     assert command("train", *mine).code == 0
-    kept = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    kept = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.parent.name != "data"}
     shutil.rmtree(root / "data")
-    found = said(command("plan", "--prepare", "--json", *mine, "schedule.iterations=4"))
-    assert {stage["name"]: stage["status"] for stage in found["stages"]}["data"] == "done"
-    changed = {path.name for path, content in kept.items() if path.read_bytes() != content}
-    assert changed <= {"run.log"}
-    assert command("plan", *mine).out.count("todo") == 0
+    result = command("plan", "--prepare", "--json", *mine, "schedule.iterations=4")
+    assert (result.code, result.out) == (2, "") and "not played yet" in result.err and "spin-reg resume" in result.err
+    assert kept == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert command("resume", str(root)).code == 0 and status(command, root)["state"] == "finished"
+
+
+def test_a_run_begins_when_it_is_played(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its record is of what played it; and it is no longer called prepared, though it ended without a word."""
+    mine, root = words(tmp_path, *SFT), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "here", lambda also=(): {"torch": "of the preparation"})
+        assert command("plan", "--prepare", *mine, "schedule.iterations=5").code == 0
+    assert json.loads((root / "run.json").read_text())["versions"] == {"torch": "of the preparation"}
+    monkeypatch.setattr(launch, "_run", lambda *args, **kwargs: pytest.fail("a kill"))
+    with pytest.raises(pytest.fail.Exception):
+        command("train", *mine)
+    record = json.loads((root / "run.json").read_text())
+    assert record["versions"] == versions.here() and "schedule.iterations=5" not in record["command"]
+    assert status(command, root)["state"] == "interrupted"
 
 
 def test_a_tracker_does_not_hear_of_it(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_plan_loads_nothing_that_it_does_not_need(tmp_path: Path) -> None:
 
 
 def test_help_loads_nothing_of_the_stages(tmp_path: Path) -> None:
-    """Some 40 ms of half a hundred that the page takes."""
+    """A third of the time that the page took with them."""
     code = (
         "import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', '--help']\n"
         "try: cli.main()\nexcept SystemExit: print([m for m in ('hydra', 'spin_reg.specs') if m in sys.modules])"

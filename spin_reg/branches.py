@@ -64,7 +64,7 @@ def attend(
     parts = (query, key, value)
     wide = any(slow(states) for states in parts)
     with torch.autocast("cpu", enabled=False) if wide else nullcontext():
-        slots = [states.float() for states in parts] if wide else parts
+        slots = [states.bfloat16().float() for states in parts] if wide else parts  # autocast rounds all of them
         for unfold in branches.unfold:
             unfolded = [_unfolded(states, unfold) for states in slots]
             block, _ = sdpa_attention_forward(module, *unfolded, None, **kwargs)

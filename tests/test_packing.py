@@ -319,6 +319,18 @@ def test_attention_in_bfloat16_is_that_of_float32_rounded_once(autocast: bool, m
             torch.testing.assert_close(grad.float(), states.grad, atol=5e-2, rtol=5e-2)
 
 
+def test_queries_in_float32_over_values_in_bfloat16_are_rounded_as_autocast_does() -> None:
+    """As a norm over queries gives them: drawing rounds them, and scoring must not be of another query."""
+    packed, module = pack(GROUPS), nn.Module()
+    module.num_key_value_groups = 3
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, n, packed.input_ids.shape[1], 64) for n in (9, 3, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = attend(module, query, key, value.bfloat16(), None, packed)[0]
+        rounded = attend(module, query.bfloat16(), key.bfloat16(), value.bfloat16(), None, packed)[0]
+    assert torch.equal(made.bfloat16(), rounded)
+
+
 def test_rows_of_like_length_go_through_attention_together() -> None:
     groups = [Group([1] * n, ([2] * n,)) for n in (100, 10, 99, 60, 11)]
     assert [tuple(block.shape) for block in pack(groups).unfold] == [(2, 32), (1, 128), (2, 208)]

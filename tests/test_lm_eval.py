@@ -93,7 +93,8 @@ def test_numbers_are_those_of_the_command_itself(
         (k, task, 40) for k in (0, 1) for task in ("sums", "written")
     ]
     assert rows[0]["task_version"] == 2.5 and rows[0]["lm_eval"] == lm_eval.__version__
-    result = command("evaluate", str(root), "evaluation.apply_chat_template=true", "evaluation.limit=10")
+    chat = ["evaluation.benchmarks=[{task: sums, num_fewshot: 3}]", "evaluation.apply_chat_template=true"]
+    result = command("evaluate", str(root), *chat, "evaluation.limit=10")
     assert result.code == 0, result.err
     more = ("--num_fewshot", "3", "--apply_chat_template", "--limit", "10")
     expected = command_itself(tmp_path / "c", f"pretrained={folder}", mine, "sums", *more)

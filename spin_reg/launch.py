@@ -46,7 +46,6 @@ from spin_reg.plan import plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, Status
 from spin_reg.settings import KeepIterates, Tracker
-from spin_reg.sheet import short
 from spin_reg.specs import BenchmarkSpec, PrepareSpec, SftSpec, Split, TrainSpec
 
 QUIET = {
@@ -265,7 +264,7 @@ def _refused_to_prepare(root: Path) -> ConfigError:
         "--prepare makes the data of runs that were not played yet.",
         where=str(root),
         why="its data are gone or damaged, and what it played with is for train and resume to make again",
-        todo=f"spin-reg resume {shlex.quote(short(root))}, or leave --prepare out",
+        todo=f"spin-reg resume {shlex.quote(str(root))}, or leave --prepare out",
     )
 
 

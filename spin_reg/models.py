@@ -186,9 +186,10 @@ def _stored(folder: Path) -> torch.dtype | None:
     found = set()
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - it is no dict
-    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    return names.get(found.pop()) if len(found) == 1 else None
+            names = file.keys()
+            found |= {file.get_slice(name).get_dtype() for name in names}
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return dtypes.get(found.pop()) if len(found) == 1 else None
 
 
 def _written_out(model: PreTrainedModel) -> None:

@@ -93,21 +93,14 @@ def test_a_page_of_settings_that_do_not_compose_is_the_same_error(command: Comma
     assert ours.code == 2 and ours == command("train", "-h", *words, "--run")
 
 
-def test_plan_loads_nothing_that_it_does_not_need(tmp_path: Path) -> None:
-    """Each takes some 10 ms or more: judges and tables are for runs."""
+@pytest.mark.parametrize(
+    ("word", "idle"), [("plan", ("asyncio", "jinja2", "rich")), ("--help", ("hydra", "spin_reg.specs"))]
+)
+def test_what_is_not_needed_is_not_loaded(word: str, idle: tuple[str, ...], tmp_path: Path) -> None:
+    """Each takes some 10 ms or more: judges and tables are for runs, and stages took a third of the page's time."""
     code = (
-        "import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', 'plan']\n"
-        "try: cli.main()\nexcept SystemExit: print([m for m in ('asyncio', 'jinja2', 'rich') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.splitlines()[-1] == "[]", done.stdout
-
-
-def test_help_loads_nothing_of_the_stages(tmp_path: Path) -> None:
-    """A third of the time that the page took with them."""
-    code = (
-        "import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', '--help']\n"
-        "try: cli.main()\nexcept SystemExit: print([m for m in ('hydra', 'spin_reg.specs') if m in sys.modules])"
+        f"import sys\nfrom spin_reg import cli\nsys.argv = ['spin-reg', {word!r}]\n"
+        f"try: cli.main()\nexcept SystemExit: print([m for m in {idle!r} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout

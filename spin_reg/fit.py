@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spin_reg import checkpoint, durable, ranks, sharing, stopping
+from spin_reg import checkpoint, durable, gpus, ranks, sharing, stopping
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError, Stopped
 from spin_reg.fingerprint import order
@@ -29,7 +29,8 @@ Backward = Callable[[Tensor, bool], None]  # of a micro-batch's loss, and whethe
 class FitSpec:
     """What the loop needs to know; learning_rate is the peak, before the schedule's factor.
 
-    `sharding`: what of weights, gradients and optimizer is laid across the ranks.
+    `sharding`: what of weights, gradients and optimizer is laid across the ranks. `deterministic`: by kernels that give
+    the same bits every time.
     """
 
     learning_rate: float
@@ -44,6 +45,7 @@ class FitSpec:
     save_every: int
     iteration: int
     sharding: Sharding = Sharding.none
+    deterministic: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def fit(
 
     Raises:
         NonFiniteError: a loss or a gradient that is NaN or infinite; the state before that step is kept.
-        Stopped: a signal asked for it; every finished step is kept.
+        ConfigError: see `gpus.repeatable`. Stopped: a signal asked for it; every finished step is kept.
     """
     _without_dropout(model, spec.gradient_checkpointing)
     scorer, optimizer, backward = _prepared(model, spec, accelerator, context.poll)
@@ -146,7 +148,8 @@ def fit(
         context.log(row)
     if not state.metrics:
         before(scorer)
-    with nullcontext() if spec.sharding is not Sharding.none else stopping.saving(state.keep_alone):
+    repeatable = gpus.repeatable(spec.deterministic, f"iteration {spec.iteration}, {prefix}")
+    with repeatable, nullcontext() if spec.sharding is not Sharding.none else stopping.saving(state.keep_alone):
         for step in range(len(state.metrics), len(steps)):
             rate = _set_rate(optimizer, spec, step, len(steps))
             where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spin_reg import products, render, sizes, sources, templates
+from spin_reg import gpus, products, render, sizes, sources, templates
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 from spin_reg.settings import Model, Pretrained, Quantize, Tiny
@@ -40,6 +40,7 @@ CHAT_TEMPLATE = (
 def environment(threads: int) -> None:
     """Pin the thread count, on which bits depend, and quiet the libraries."""
     torch.set_num_threads(threads)
+    gpus.settle()
     if not torch.cuda.is_available():  # DeepSpeed, which Accelerate imports where it is, would say so on our output
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.disable_progress_bar()

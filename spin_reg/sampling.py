@@ -29,7 +29,7 @@ from spin_reg.products import laid_out
 LEAVE = 0.75  # with no prompt waiting, rows are dropped once fewer than this share of them go on
 REFILL = 8  # prompts come in once one row in so many is free
 PREFILL = 4096  # prompt tokens that go through the model at once
-TOGETHER = 16  # rows of which attention reads the columns from the first that one of them sees
+TOGETHER = 16  # rows of which attention on a CPU reads the columns from the first that one of them sees
 BLOCK = 256  # probabilities that are summed before any is looked at
 
 
@@ -186,10 +186,11 @@ class _Decoder:
         self.positions = (self.positions + 1) * torch.tensor(going, device=self.positions.device)
 
     def _newest(self) -> Newest:
-        """Rows in blocks: those that came in together are of like length, the longest first."""
+        """Rows in blocks, on a GPU in one: those that came in together are of like length, the longest first."""
         columns, found = self.mask.shape[1], []
-        for start in range(0, len(self.rows), TOGETHER):
-            rows = slice(start, start + TOGETHER)
+        together = TOGETHER if self.mask.device.type == "cpu" else len(self.rows)
+        for start in range(0, len(self.rows), together):
+            rows = slice(start, start + together)
             going = (first for first, of in zip(self.first[rows], self.rows[rows], strict=True) if of is not None)
             found.append((rows, min(going, default=columns - 1)))
         return Newest(tuple(found))

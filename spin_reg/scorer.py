@@ -17,6 +17,7 @@ from spin_reg.products import Linear, plainly, product
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
 
 log = logging.getLogger(__name__)
+NOISE = 4
 IN_CACHE = 2**19  # logits that are looked at together on a CPU: 2 MB in float32, which stay in its cache
 _found: dict[str, bool] = {}  # what `reads_packed` found, by architecture
 
@@ -194,8 +195,8 @@ def reads_packed(model: nn.Module) -> bool:
 def _tried(model: nn.Module) -> bool:
     """Packed rows give what plain ones give, and another branch's tokens change nothing at all.
 
-    All rows have as many tokens as packing pads to and one that predicts nothing, so that both sides round alike: what
-    differs is how the model reads.
+    All rows have as many tokens as packing pads to and one that predicts nothing, so that on most CPUs both sides round
+    alike: what differs is how the model reads.
     """
     coarse = next(model.parameters()).dtype != torch.float32
     groups = [_tokens(n, 6 * n, 6 * n + 1) for n in (4, 3, 9)]
@@ -207,11 +208,27 @@ def _tried(model: nn.Module) -> bool:
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         log.info("packed rows were refused: %s", error)
         return False
-    batches = [collate([group.prompt], [answer]) for group in groups for answer in group.answers]
-    plain = torch.cat([token_logprobs(model, batch.to(_inner(model).device))[0] for batch in batches])
-    near = bool((packed - plain).abs().max() <= (0.5 if coarse else 1e-4))
+    rows = [[*group.prompt, *answer] for group in groups for answer in group.answers]
+    device, begin = _inner(model).device, [len(group.prompt) for group in groups for _ in group.answers]
+    alone = [
+        token_logprobs(model, collate([row[:n]], [row[n:]]).to(device))[0] for row, n in zip(rows, begin, strict=True)
+    ]
+    longest = max(begin)
+    beside = token_logprobs(model, collate([row[:longest] for row in rows], [row[longest:] for row in rows]).to(device))
+    noise = beside - torch.stack([row[longest - n :] for row, n in zip(alone, begin, strict=True)])
+    near = _near(packed - torch.cat(alone), noise, 0.5 if coarse else 1e-4)
     first = len(groups[0].answers[0])
     return near and torch.equal(packed[first:], moved[first:])
+
+
+def _near(gap: Tensor, noise: Tensor, bound: float) -> bool:
+    """Whether a gap is within the bound, or no more than a few times that between the plain path and itself.
+
+    GPUs, and some CPUs, round a row otherwise beside others: SmolLM2's log-probs in float32 by up to 1.3e-4 nats a
+    token on an H200. A row that is read otherwise differs by far more than it does.
+    """
+    gap, noise = gap.abs(), noise.abs()
+    return bool(gap.max() <= bound or gap.mean() <= NOISE * noise.mean().clamp(max=bound))
 
 
 def _tokens(prompt: int, *seeds: int) -> Group:

@@ -307,7 +307,8 @@ class Hardware:
     `isolate`: each stage that loads a model is a process of its own. `processes`: so many work on it together, through
     torchrun, with `threads` each. They are dealt shards of `shard_size` prompts, null: as many as the stage's kind has.
     `sharding`: in training, `full` lays weights, gradients and optimizer across them (FSDP2); `zero1` the optimizer,
-    `zero2` its gradients too (DeepSpeed).
+    `zero2` its gradients too (DeepSpeed). `deterministic`: training takes kernels that give the same bits every time,
+    as those of CPUs do; GPUs have quicker ones.
     """
 
     precision: Precision = Precision.fp32
@@ -320,6 +321,7 @@ class Hardware:
     processes: int = runtime(1)
     shard_size: int | None = runtime(None)
     sharding: Sharding = runtime(Sharding.none)
+    deterministic: bool = runtime(True)
 
     def __post_init__(self) -> None:
         positive(hardware__processes=self.processes, hardware__shard_size=self.shard_size)

@@ -64,7 +64,7 @@ def made(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def logprobs(folder: Path) -> torch.Tensor:
     batch = collate([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]])
     with torch.no_grad():
-        return sequence_logprobs(iterates.load(folder, FP32).model, batch)
+        return sequence_logprobs(iterates.load(folder, FP32).model.cpu(), batch)
 
 
 def test_an_iterate_is_a_peft_folder_over_the_base(base: Path, made: Path) -> None:

@@ -71,6 +71,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "branches",
             "columns",
             "products",
+            "gpus",
             "scorer",
             "selfcheck",
             "harness",

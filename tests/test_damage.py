@@ -239,7 +239,7 @@ def test_a_wrong_reference_model_layout_or_mode_stops_the_run_and_names_the_rows
     def pack(groups: Any, device: Any) -> Any:
         packed = real_pack(groups, device)
         if fault == "positions" and any(len(group.answers) > 1 for group in groups):  # in training, not in scoring
-            packed.position_ids.add_(torch.arange(packed.position_ids.shape[1]) // 4)
+            packed.position_ids.add_(torch.arange(packed.position_ids.shape[1], device=device) // 4)
         return packed
 
     def read(path: Path, *more: Path, **kwargs: Any) -> Any:

@@ -124,7 +124,8 @@ def test_gradient_checkpointing_computes_a_layer_twice(checkpointing: bool, tmp_
     def count(*args: object) -> None:
         calls[0] += 1
 
-    assert scorer.reads_packed(m)  # tried out before it is counted
+    accelerator = iterates.accelerator(Hardware())
+    assert scorer.reads_packed(m.to(accelerator.device))  # tried out before it is counted
     m.model.layers[0].mlp.register_forward_pre_hook(count)
     spec = fit.FitSpec(
         learning_rate=1e-3, optimizer=Optimizer.adamw, lr_scheduler=LrScheduler.constant, warmup_ratio=0.0,
@@ -138,7 +139,7 @@ def test_gradient_checkpointing_computes_a_layer_twice(checkpointing: bool, tmp_
         fit.Task(lambda policy, rows: (-policy(group).sum(), {}), weight=lambda rows: 1.0, name=str, slots=lambda i: 5),
         spec=spec,
         prefix="x",
-        accelerator=iterates.accelerator(Hardware()),
+        accelerator=accelerator,
         out=tmp_path,
         context=Context(),
     )

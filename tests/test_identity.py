@@ -113,6 +113,7 @@ TABLE = [
     Row("generation.top_p", RESULT, "0.9"),
     Row("hardware", GROUP),
     Row("hardware.batch_tokens", RUNTIME, "300"),
+    Row("hardware.deterministic", RUNTIME, "false"),
     Row("hardware.gradient_checkpointing", RUNTIME, "true"),
     Row("hardware.isolate", RUNTIME, "true"),
     Row("hardware.micro_batch_size", RUNTIME, "3"),  # but see the layout of bf16 in test_pipeline.py

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import BloomConfig, CohereConfig, Gemma2Config, MambaConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from spin_reg import scorer
+from spin_reg import branches, products, scorer
 from spin_reg.branches import attend
 from spin_reg.fit import _without_dropout
 from spin_reg.logprobs import collate, token_logprobs
@@ -81,6 +81,7 @@ def test_gradients_are_those_of_plain_rows(name: str) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * max(1.0, other.abs().max().item()))
 
 
+@pytest.mark.skipif(not products._mkl_is_slow(), reason="MKL on its maker's CPUs rounds a row otherwise beside others")
 def test_a_token_read_alone_has_the_bits_that_it_has_among_others() -> None:
     """With more than one thread PyTorch sums a single long row in parts, and several rows each in one go."""
     states, targets = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) * 3000
@@ -130,7 +131,7 @@ def test_a_run_reads_no_answer_the_plain_way(precision: str, train: Callable[...
 
 def packed_alone(policy: Scorer, groups: Sequence[Group]) -> Tensor:
     assert policy.packs
-    return scorer.packed_logprobs(policy.model, pack(groups))
+    return scorer.packed_logprobs(policy.model, pack(groups, policy.model.device))
 
 
 def test_the_head_is_differentiated_as_torch_would() -> None:
@@ -193,15 +194,54 @@ OTHERS = {
 }
 
 
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("what", OTHERS)
-def test_models_that_read_packed_rows_otherwise_are_found_out(what: str) -> None:
+def test_models_that_read_packed_rows_otherwise_are_found_out(
+    what: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "_found", {})
     config = OTHERS[what]()
     torch.manual_seed(0)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8)  # so that what is read otherwise shows
+    if rounds:
+        round_by_shape(model)
     assert not reads_packed(model)
+
+
+def round_by_shape(model: PreTrainedModel) -> None:
+    """As on a GPU: what a layer gives for a row hangs in its last bits on how many rows there are."""
+
+    def rounded(layer: nn.Module, given: tuple[Tensor], made: Tensor) -> Tensor:
+        noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(made.numel()), dtype=made.dtype)
+        return made * (1 + 1e-7 * noise)
+
+    for layer in model.base_model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(rounded)
+
+
+def test_rounding_that_hangs_on_companions_is_no_other_way_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a model would be read the slow way on a GPU, and only a line in a log would say so."""
+    for noise, packs in ((0, False), (scorer.NOISE, True)):
+        monkeypatch.setattr(scorer, "_found", {})
+        monkeypatch.setattr(scorer, "NOISE", noise)
+        model = build("llama", "sdpa")
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(LOUD / 10)
+        round_by_shape(model)
+        assert reads_packed(model) == packs
+
+
+def test_gradients_of_a_slot_that_many_rows_share_are_summed_in_float32() -> None:
+    """In bfloat16 a sum of 300 ones stays at 256."""
+    states = torch.zeros(1, 1, 4, 1, dtype=torch.bfloat16, requires_grad=True)
+    rows = branches._unfolded(states, torch.tensor([[0, 1 + i % 3] for i in range(300)]))
+    assert rows.dtype == torch.bfloat16 and rows.shape == (300, 1, 2, 1)
+    (made,) = torch.autograd.grad(rows.sum(), states)
+    assert made.flatten().tolist() == [300.0, 100.0, 100.0, 100.0]
 
 
 def test_rows_longer_than_a_window_are_read_the_plain_way() -> None:

@@ -61,6 +61,7 @@ def run(spec: SftSpec, inputs: dict[str, Path], out: Path, context: Context) -> 
             save_every=spec.save_every,
             iteration=-1,
             sharding=spec.hardware.sharding,
+            deterministic=spec.hardware.deterministic,
         ),
         prefix="sft",
         accelerator=accelerator,

@@ -47,6 +47,7 @@ def run(spec: TrainSpec, inputs: dict[str, Path], out: Path, context: Context) -
             save_every=spec.save_every,
             iteration=spec.t,
             sharding=spec.hardware.sharding,
+            deterministic=spec.hardware.deterministic,
         ),
         prefix="train",
         accelerator=accelerator,

@@ -1,0 +1,70 @@
+"""What sets GPUs apart, as far as a machine without one can show it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, Command
+from test_sampling import END, llama
+
+from spin_reg import gpus, models, sampling
+from spin_reg.errors import ConfigError
+from spin_reg.stages import train as train_stage
+
+
+def test_no_kernel_that_plans_anew_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    models.environment(before)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_attention_over_a_cache_is_one_kernel_a_layer_there() -> None:
+    """On a CPU rows go in blocks, since columns that a block does not see cost time; there a kernel's start does."""
+    blocks = {}
+    for device in ("cpu", "meta"):
+        decoder = sampling._Decoder(llama(END + 1), [[1]])
+        decoder.mask = torch.empty((40, 90), device=device)
+        decoder.rows, decoder.first = [None, *range(39)], [89, *range(39)]
+        blocks[device] = decoder._newest().blocks
+    assert blocks["meta"] == ((slice(0, 40), 0),)
+    assert [first for _, first in blocks["cpu"]] == [0, 15, 31]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_inside_kernels_give_the_same_bits_and_outside_all_is_as_before(wanted: bool) -> None:
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    with gpus.repeatable(wanted, "here"):
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # it would leave attention's backward as it is
+        assert torch.utils.deterministic.fill_uninitialized_memory == (filled and not wanted)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == filled
+    with pytest.raises(RuntimeError, match="of another kind"), gpus.repeatable(wanted, "here"):
+        raise RuntimeError("of another kind")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_training_asks_for_them_and_says_what_has_none(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`put_` is among the operations that PyTorch refuses then on every device."""
+    terms, asked = train_stage.pair_terms, []
+
+    def putting(*args: Any) -> Any:
+        if torch.is_grad_enabled():  # in a step, not in the self-check
+            asked.append(torch.are_deterministic_algorithms_enabled())
+            torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+        return terms(*args)
+
+    monkeypatch.setattr(train_stage, "pair_terms", putting)
+    words = ["train", *SMALL, "schedule.iterations=1", f"outputs={tmp_path}"]
+    refused = command(*words)
+    assert refused.code == ConfigError.exit_code and "hardware.deterministic=false" in refused.err
+    assert "iteration 0, train" in refused.err and "put_" in refused.err and asked == [True]
+    assert command(*words, "hardware.deterministic=false").code == 0
+    assert asked[1:] and not any(asked[1:])

@@ -3,10 +3,12 @@
 
     python scripts/estimates.py                                       (the embedded toy)
     python scripts/estimates.py --model FOLDER --data FILE.jsonl      (a real model: LoRA and bfloat16 too)
+    python scripts/estimates.py --cases --rows 8 32 256 2000          (tokens and disk alone, by number of prompts)
 
-For each case and kind of stage a line: estimated, measured, estimated / measured. Memory, in MB, is that of a plan of
-nothing done (every row at its limit), beside what the process of a stage held at most. Tokens, in thousands, and disk,
-in MB, are those of a first plan with `--prepare`, and once more when iterate 0 has answered.
+For each case and kind of stage a line: estimated, measured, estimated / measured, and that of single stages. Memory,
+in MB, is that of a plan of nothing done (every row at its limit), beside what the process of a stage held at most.
+Tokens, in thousands, and disk, in MB, are those of a first plan with `--prepare`, and once more when iterate 0 has
+answered.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +56,12 @@ GAMES = {  # of which tokens and disk are looked at
 
 @dataclass(frozen=True)
 class Found:
-    """Of a kind of stage: bytes of memory, tokens, or bytes on disk."""
+    """Of a kind of stage: bytes of memory, tokens, or bytes on disk. `each`: estimated / measured, stage by stage."""
 
     kind: str
     estimated: float
     measured: float
+    each: tuple[float, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -125,12 +128,13 @@ def game(words: list[str], outputs: Path) -> dict[str, list[Found]]:
     for title, planned in plans.items():
         todo = [stage for stage in planned["stages"] if stage["status"] == "todo"]
         for what, measured in (("tokens", read), ("disk", left)):
-            a, b = Counter[str](), Counter[str]()
+            a, b, each = Counter[str](), Counter[str](), defaultdict[str, list[float]](list)
             for stage in todo:
-                kind = stages[stage["name"]][1]["kind"]
+                kind, there = stages[stage["name"]][1]["kind"], measured[stage["name"]]
                 a[kind] += stage[what]
-                b[kind] += measured[stage["name"]]
-            rows = [Found(kind, a[kind], b[kind]) for kind in a if b[kind]]
+                b[kind] += there
+                each[kind] += [stage[what] / there] if there else []
+            rows = [Found(kind, a[kind], b[kind], tuple(each[kind])) for kind in a if b[kind]]
             found[f"{what}, {title}"] = [*rows, Found("all", a.total(), b.total())]
     return found
 
@@ -191,23 +195,28 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--cases", nargs="*", help="only these of memory")
     parser.add_argument("--games", nargs="*", help="only these of tokens and disk")
+    parser.add_argument("--rows", nargs="*", type=int, help="prompts to train on, of tokens and disk")
     args = parser.parse_args()
     cases = CASES if args.model is None else REAL_CASES
     own = TOY if args.model is None else [*REAL, "model=pretrained", f"model.name_or_path={args.model}"]
     own += [] if args.data is None else [f"dataset.path={args.data}"]
-    print("| case | stage | estimated | measured | ratio |\n|---|---|---|---|---|")
+    print("| case | stage | estimated | measured | ratio | single stages |\n|---|---|---|---|---|---|")
     for name in cases if args.cases is None else args.cases:
         with tempfile.TemporaryDirectory() as outputs:
             show(f"{name}: memory", case([*own, *cases[name]], Path(outputs)), 1e6)
     for name in GAMES if args.games is None else args.games:
-        with tempfile.TemporaryDirectory() as outputs:
-            for what, found in game([*own, *GAMES[name]], Path(outputs)).items():
-                show(f"{name}: {what}", found, 1e3 if what.startswith("tokens") else 1e6)
+        for rows in args.rows or [None]:
+            more = [] if rows is None else [f"dataset.num_prompts={rows}"]
+            with tempfile.TemporaryDirectory() as outputs:
+                for what, found in game([*own, *GAMES[name], *more], Path(outputs)).items():
+                    title = f"{name}: {what}" + ("" if rows is None else f", {rows} prompts")
+                    show(title, found, 1e3 if what.startswith("tokens") else 1e6)
 
 
 def show(title: str, found: list[Found], unit: float) -> None:
     for one in found:
-        row = (title, one.kind, f"{one.estimated / unit:.4g}", f"{one.measured / unit:.4g}", f"{one.ratio:.2f}")
+        each = f"{min(one.each):.2f} to {max(one.each):.2f}" if one.each else ""
+        row = (title, one.kind, f"{one.estimated / unit:.4g}", f"{one.measured / unit:.4g}", f"{one.ratio:.2f}", each)
         print(f"| {' | '.join(row)} |", flush=True)
 
 

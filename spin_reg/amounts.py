@@ -3,8 +3,9 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spin_reg.corpora import Dataset, Toy
 from spin_reg.errors import DamagedError
@@ -12,9 +13,14 @@ from spin_reg.plan import Stage
 from spin_reg.roles import answers_role
 from spin_reg.specs import AnswersSpec, GenerateSpec, ScoreSpec, Split
 
+if TYPE_CHECKING:
+    from spin_reg.footers import Cost
+
 log = logging.getLogger(__name__)
-RECORD = 2000  # bytes of a stage's stage.json
-PER_EXAMPLE = ("example_id", "source")  # the columns of prepared data that the tables of later stages have too
+DRAWN = {
+    "generated_ids": "real_ids",
+    "generated": "real",
+}  # columns of drawn answers, and what they are taken to be like
 
 
 @dataclass(frozen=True)
@@ -25,9 +31,8 @@ class Amounts:
         rows: examples of each split, or as many as the settings allow (0: unknown).
         prompt, real: tokens of a prompt and of its real answer, the means of a split.
         drawn: tokens of an answer that an iterate draws, the mean, where its own limit is no lower.
-        row: bytes of a row of a table beside its tokens. prompt_token, answer_token: bytes of a token there, as a
-            number and as text.
-        small: bytes of a stage's small files.
+        costs: of each split what the columns of a table weigh; empty: nothing is measured yet.
+        records: what `space` reckoned of stages' manifests.
         measured: whether these are means that were measured; else every number is the most that it can be.
     """
 
@@ -35,10 +40,8 @@ class Amounts:
     prompt: Mapping[Split, float]
     real: Mapping[Split, float]
     drawn: float = math.inf
-    row: float = 200.0
-    prompt_token: float = 8.0
-    answer_token: float = 8.0
-    small: int = 1 << 15
+    costs: Mapping[Split, Mapping[str, "Cost"]] = field(default_factory=dict)
+    records: dict[Any, int] = field(default_factory=dict, compare=False)
     measured: bool = False
 
 
@@ -55,39 +58,40 @@ def limits(dataset: Dataset, rows: Mapping[Split, int] | None = None) -> Amounts
     )
 
 
-def measured(data: Path, answers: Path | None) -> Amounts | None:
+def measured(data: Path, answers: tuple[Split, Path] | None = None) -> Amounts | None:
     """The means of prepared data and of a table of answers, read off the ends of their files; None where they are not
     there, or cannot be read: the stage that needs them says why.
 
     Args:
-        data: the folder of the prepared data. answers: a table drawn from them; None: drawn answers are taken to be as
-            long as the real ones.
+        data: the folder of the prepared data. answers: a table drawn from a split of them; None: drawn answers are
+            taken to be as the real ones.
     """
     paths = {split: data / f"{split}.parquet" for split in Split}
     paths = {split: path for split, path in paths.items() if path.is_file()}
     if not paths:
         return None
-    from spin_reg import tables  # a plan without data does not wait for it
+    from spin_reg import footers, tables  # a plan without data does not wait for them
 
     try:
-        ends = {split: tables.columns(path) for split, path in paths.items()}
-        drawn = None if answers is None else tables.columns(answers)
+        ends = {split: footers.columns(path) for split, path in paths.items()}
+        drawn = None if answers is None else footers.columns(answers[1])
     except DamagedError as error:
         log.debug("no lengths of %s: %s", data, error)
         return None
-    rows = {split: table.rows for split, table in ends.items()}
-    prompt = {split: table.mean("prompt_ids") for split, table in ends.items()}
     real = {split: table.mean("real_ids") for split, table in ends.items()}
-    train = ends[Split.train]
+    costs = {split: footers.costs(table, tables.EXAMPLES) for split, table in ends.items()}
+    beside = {name: 1.0 for name in DRAWN}
+    if answers is not None and drawn is not None:
+        made, given = footers.costs(drawn, tables.ANSWERS), costs[answers[0]]
+        beside = {name: made[name].value / given[like].value for name, like in DRAWN.items() if given[like].value}
+    for own in costs.values():
+        own |= {name: own[like].times(beside.get(name, 1.0)) for name, like in DRAWN.items()}
     return Amounts(
-        rows=rows,
-        prompt=prompt,
+        rows={split: table.rows for split, table in ends.items()},
+        prompt={split: table.mean("prompt_ids") for split, table in ends.items()},
         real=real,
         drawn=real[Split.train] if drawn is None else drawn.mean("generated_ids"),
-        row=sum(train.bytes[name] for name in PER_EXAMPLE) / train.rows,
-        prompt_token=(train.bytes["prompt"] + train.bytes["prompt_ids"]) / train.values["prompt_ids"],
-        answer_token=(train.bytes["real"] + train.bytes["real_ids"]) / train.values["real_ids"],
-        small=RECORD + train.beside,
+        costs=costs,
         measured=True,
     )
 

@@ -99,12 +99,21 @@ def _fill(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` of indented JSON; NaN and infinity are refused."""
-    write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, _indented(value))
+
+
+def _indented(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
 def write_record(path: Path, value: dict[str, Any]) -> None:
     """`write_json` with a checksum of its own inside, for the files that vouch for others."""
-    write_json(path, {**value, CHECKSUM: digest(value)})
+    write_bytes(path, record(value))
+
+
+def record(value: dict[str, Any]) -> bytes:
+    """What `write_record` writes."""
+    return _indented({**value, CHECKSUM: digest(value)})
 
 
 def read_record(path: Path) -> dict[str, Any]:

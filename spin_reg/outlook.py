@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from spin_reg import amounts, estimate, judges, known, pace, remedies, results, runner, space
+from spin_reg import amounts, estimate, judges, known, pace, remedies, results, runner, space, stored
 from spin_reg.amounts import Amounts
 from spin_reg.config import Config
 from spin_reg.plan import Sources, Stage
@@ -65,14 +65,14 @@ class Planned:
     def have(self) -> Amounts:
         """How many examples there are and how long they are: as prepared, and as the newest answers are; or at most."""
         drawn = [
-            stage
+            (stage.spec.split, stage)
             for stage, state in zip(self.stages, self.states, strict=True)
             if isinstance(stage.spec, GenerateSpec)
             and stage.spec.generation == self.config.generation
             and state.status in (Status.done, Status.reuse)
         ]
-        newest = self.folder(drawn[-1]) / "answers.parquet" if drawn else None
-        return amounts.measured(self.folder(self.stages[0]), newest) or amounts.limits(self.config.dataset)
+        newest = [(split, self.folder(stage) / "answers.parquet") for split, stage in drawn[-1:]]
+        return amounts.measured(self.folder(self.stages[0]), *newest) or amounts.limits(self.config.dataset)
 
 
 def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Need:
@@ -98,7 +98,7 @@ def of_stage(planned: Planned, stage: Stage, state: State) -> dict[str, int | No
     if state.status is not Status.todo:
         return {"tokens": 0, "disk": 0}
     (piece,) = estimate.pieces([stage], planned.have)
-    return {"tokens": piece.tokens, "disk": space.stored(stage, planned.iterate, planned.have)}
+    return {"tokens": piece.tokens, "disk": stored.of(stage, planned.iterate, planned.have)}
 
 
 def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, str | None, judges.Cost]:

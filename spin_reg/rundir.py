@@ -193,12 +193,17 @@ def seal(stage: Stage, work: Path, inputs: Mapping[str, str]) -> None:
         name = path.relative_to(work)
         if not any(part.startswith(".") for part in name.parts) and name.name != MANIFEST:
             files[name.as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    durable.write_record(work / MANIFEST, record(stage, inputs, files))
+    for made in (*files, MANIFEST):  # not before: an interrupted stage must be able to write them again
+        (work / made).chmod(0o444)
+
+
+def record(stage: Stage, inputs: Mapping[str, str], files: Mapping[str, Mapping[str, Any]]) -> Manifest:
+    """The manifest of a stage that is made."""
     needs = {role: need.fingerprint for role, need in stage.needs.items()}
     value = {"name": stage.name, "kind": stage.kind, "version": stage.spec.version, "fingerprint": stage.fingerprint}
     value |= {"spec": plain(stage.spec), "needs": needs, "inputs": dict(inputs)}
-    durable.write_record(work / MANIFEST, value | {"files": files, "content": digest(files), "removed": []})
-    for made in (*files, MANIFEST):  # not before: an interrupted stage must be able to write them again
-        (work / made).chmod(0o444)
+    return value | {"files": dict(files), "content": digest(dict(files)), "removed": []}
 
 
 def publish(root: Path, stage: Stage, work: Path) -> None:

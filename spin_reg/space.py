@@ -5,30 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spin_reg import amounts, durable, known, rundir, sizes
+from spin_reg import durable, known, rundir, sizes, stored
 from spin_reg.amounts import Amounts
 from spin_reg.config import Config
-from spin_reg.corpora import published
 from spin_reg.errors import NoSpace
 from spin_reg.pace import human as human
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.runner import contents
 from spin_reg.settings import Dtype, KeepIterates, Model, Optimizer, Pretrained
-from spin_reg.specs import (
-    AnswersSpec,
-    EvaluateSpec,
-    GenerateSpec,
-    PairsSpec,
-    PrepareSpec,
-    ScoreSpec,
-    SftSpec,
-    Split,
-    TrainSpec,
-)
+from spin_reg.specs import SftSpec, Split, TrainSpec
 
 BYTES = {Dtype.float32: 4, Dtype.bfloat16: 2}
-EVALUATED = 4000  # bytes: an iterate's metrics, twice, and the record of all they are from
-TOKEN = 8  # bytes a token at most as a number and as text, before compression
 SLOTS = {Optimizer.adamw: 2, Optimizer.rmsprop: 1}  # numbers a weight that the optimizer keeps
 
 
@@ -106,7 +93,7 @@ def need(
     held, peak, iterates, checkpoints, tables = 0, 0, 0, 0, 0
     gone: set[str] = set()
     for place, stage in enumerate(todo):
-        size, spec = stored(stage, whole, have), stage.spec
+        size, spec = stored.of(stage, whole, have), stage.spec
         if isinstance(spec, SftSpec | TrainSpec):
             optimizer = spec.optimizer if isinstance(spec, TrainSpec) else Optimizer.adamw
             scratch = 2 * weights * (1 + SLOTS[optimizer])  # the next checkpoint is whole before the last one goes
@@ -131,55 +118,10 @@ def iterate(model: Model) -> int:
     return _weights(model) + sizes.of_tokenizer(model)
 
 
-def stored(stage: Stage, iterate: int, have: Amounts) -> int:
-    """Bytes of a finished stage; `iterate`: of an iterate's model."""
-    if isinstance(stage.spec, SftSpec | TrainSpec):
-        return have.small + iterate
-    return have.small + round(_table(stage, have))
-
-
 def _weights(model: Model) -> int:
     """Bytes of what an iterate keeps; PEFT keeps adapters in float32."""
     adapter = isinstance(model, Pretrained) and model.lora.rank > 0
     return sizes.trained_parameters(model) * (4 if adapter else BYTES[model.dtype])
-
-
-def _table(stage: Stage, have: Amounts) -> float:
-    """Bytes of a stage's table; at most, where lengths are not measured: no prompt is taken to be dealt to others."""
-    spec = stage.spec
-    if isinstance(spec, PrepareSpec):
-        answers = 2 if published(spec.dataset) else 1
-        rows = have.rows.items()
-        return sum(n * (have.row + _tokens(have, split, answers * have.real[split])) for split, n in rows)
-    if isinstance(spec, AnswersSpec):
-        length = amounts.length(spec, have)
-        share = amounts.drawing(spec) if have.measured and isinstance(spec, GenerateSpec) else 1
-        a_score = _score(have, spec.split, length) if isinstance(spec, GenerateSpec) and spec.scored else 0
-        return share * have.rows[spec.split] * (have.row + have.answer_token * length + a_score)
-    if isinstance(spec, ScoreSpec):
-        _, real, drawn = amounts.scoring(stage, spec) if have.measured else (1, spec.real, spec.most - spec.real)
-        some = min(spec.first or have.rows[spec.split], have.rows[spec.split])
-        scores = real * _score(have, spec.split, have.real[spec.split])
-        return some * (scores + drawn * _score(have, spec.split, amounts.answer(stage, have)))
-    if isinstance(spec, PairsSpec):
-        answers = 1 if spec.draw is not None else len(spec.window)
-        a_pair = _tokens(have, Split.train, have.real[Split.train] + amounts.answer(stage, have))
-        return have.rows[Split.train] * answers * (have.row + 16 + a_pair)
-    if isinstance(spec, EvaluateSpec):
-        split = Split.heldout
-        length = have.prompt[split] + have.real[split] + amounts.answer(stage, have)
-        return EVALUATED + min(spec.num_samples, have.rows[split]) * TOKEN * length
-    return 0
-
-
-def _tokens(have: Amounts, split: Split, answers: float) -> float:
-    """Bytes of a prompt and of so many tokens of answers."""
-    return have.prompt_token * have.prompt[split] + have.answer_token * answers
-
-
-def _score(have: Amounts, split: Split, length: float) -> float:
-    """Bytes of a row of a score table: the tokens' own log-probs are kept of held-out answers."""
-    return have.row + 8 + (0 if split is Split.train else 4 * length)
 
 
 def free(folder: Path) -> int:

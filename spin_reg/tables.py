@@ -6,9 +6,7 @@ What a table costs in memory is its ids, numbers and a few hundred rows, whateve
 import bisect
 import logging
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from io import BytesIO
@@ -162,43 +160,6 @@ def lengths(name: str, *paths: Path) -> "array[int]":
         for batch in pq.ParquetFile(path).iter_batches(batch_size=BATCH, columns=[name], use_threads=False):
             found.extend(pc.list_value_length(batch.column(0)).to_pylist())
     return found
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What the end of a Parquet file tells of it: rows, and of every column its values (tokens, of lists) and bytes.
-
-    `beside`: bytes of the file that are no column's.
-    """
-
-    rows: int
-    values: Mapping[str, int]
-    bytes: Mapping[str, int]
-    beside: int
-
-    def mean(self, name: str) -> float:
-        """Values a row."""
-        return self.values[name] / max(1, self.rows)
-
-
-def columns(path: Path) -> Columns:
-    """Read off the file's end alone.
-
-    Raises:
-        DamagedError: it is no Parquet file, or not there.
-    """
-    try:
-        found, size = pq.read_metadata(path), path.stat().st_size
-    except (pa.ArrowException, OSError) as error:
-        todo = "the next train makes its stage again"
-        raise DamagedError("A table cannot be read.", where=str(path), why=str(error), todo=todo) from error
-    values, sizes = Counter[str](), Counter[str]()
-    for group in map(found.row_group, range(found.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            name = column.path_in_schema.partition(".")[0]
-            values[name] += column.num_values
-            sizes[name] += column.total_compressed_size
-    return Columns(found.num_rows, values, sizes, size - sizes.total())
 
 
 class ById(Mapping[str, Row]):

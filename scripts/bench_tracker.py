@@ -72,7 +72,7 @@ def steps(name: str) -> list[float]:
     with TemporaryDirectory() as place:
         settings = config.load(compose("config", [*WORDS, *TRACKERS[name], f"outputs={place}"]))
         with hanging() if name == "hangs" else timed():
-            launch.execute(launch.prepare(settings), listener=listener, overrides=[])
+            launch.execute(launch.prepare(settings), listener=listener, command=[], overrides=[])
     return listener.seconds
 
 

@@ -89,28 +89,29 @@ def _complete(program: str, words: list[str]) -> int:
 def _train(program: str, words: list[str]) -> int:
     from spin_reg.sweeps import group
 
-    return _compose(program, words, partial(_run, group=group(words)))
+    return _compose(program, words, partial(_run, typed=[program, "train", *words], group=group(words)))
 
 
 def _plan(program: str, words: list[str]) -> int:
-    options = {"--json", "--prepare"} & set(words)
-    task = partial(_show_plan, as_json="--json" in options, data="--prepare" in options)
-    return _compose(program, [word for word in words if word not in options], task, verb="plan")
+    own = {"--json", "--prepare"} & set(words)
+    task = partial(_show_plan, typed=[program, "plan", *words], as_json="--json" in own, data="--prepare" in own)
+    return _compose(program, [word for word in words if word not in own], task, verb="plan")
 
 
 def _resume(program: str, words: list[str]) -> int:
     from spin_reg.runs import words_of
 
-    return _compose(program, words_of("resume", words), partial(_run, again=True))
+    return _compose(program, words_of("resume", words), partial(_run, typed=[program, "resume", *words], again=True))
 
 
 def _evaluate(program: str, words: list[str]) -> int:
     from spin_reg.runs import words_of
 
+    task = partial(_run, typed=[program, "evaluate", *words], only_evaluate=True)
     if not words or words[0].startswith("-") or "=" in words[0]:
-        return _compose(program, words, partial(_run, only_evaluate=True), verb="evaluate")
+        return _compose(program, words, task, verb="evaluate")
     switched_off = [word for word in words_of("evaluate", words) if word != "evaluation=none" or word in words]
-    return _compose(program, switched_off, partial(_run, only_evaluate=True, again=True), verb="evaluate")
+    return _compose(program, switched_off, partial(task, again=True), verb="evaluate")
 
 
 def _sync(program: str, words: list[str]) -> int:
@@ -277,7 +278,7 @@ def _planned(cfg: Any, *, only_evaluate: bool = False, again: bool = False, grou
     return launch.prepare(settings, only_evaluate=only_evaluate)
 
 
-def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: str | None = None) -> Any:
+def _run(cfg: Any, *, typed: list[str], **how: Any) -> Any:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -288,15 +289,15 @@ def _run(cfg: Any, *, only_evaluate: bool = False, again: bool = False, group: s
 
     hydra, screen = HydraConfig.get(), _screen()
     with stopping.listening(), screen.warnings():
-        planned = _planned(cfg, only_evaluate=only_evaluate, again=again, group=group)
+        planned = _planned(cfg, **how)
         stopping.goes_on_by(f"spin-reg resume {shlex.quote(short(planned.root))}", once=planned.root / "run.json")
         if planned.stages and not planned.finished:
             try:
-                planned = launch.execute(planned, listener=screen, overrides=list(hydra.overrides.task))
+                planned = launch.execute(planned, listener=screen, command=typed, overrides=list(hydra.overrides.task))
             finally:
                 screen.close()
         value = results.objective(planned.root, planned.config.objective)
-        closing_words(planned, screen, everything=only_evaluate)
+        closing_words(planned, screen, everything=not planned.whole)
         if planned.made or not (planned.root / PAGE).exists():  # a kill may have come between
             page_after([planned.root])
         if hydra.mode == RunMode.MULTIRUN:
@@ -315,14 +316,14 @@ def _screen() -> Any:
     return Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
 
 
-def _show_plan(cfg: Any, *, as_json: bool, data: bool) -> None:
+def _show_plan(cfg: Any, *, typed: list[str], as_json: bool, data: bool) -> None:
     from spin_reg import preview
 
-    planned = _with_data(cfg) if data else _planned(cfg)
+    planned = _with_data(cfg, typed) if data else _planned(cfg)
     preview.show_json(planned) if as_json else preview.show(planned)
 
 
-def _with_data(cfg: Any) -> Any:
+def _with_data(cfg: Any, typed: list[str]) -> Any:
     """The plan of a run whose data are made first, where they are not there."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -332,7 +333,7 @@ def _with_data(cfg: Any) -> Any:
     with stopping.listening(), screen.warnings():
         try:
             words = list(HydraConfig.get().overrides.task)
-            planned = launch.with_data(_planned(cfg), listener=screen, overrides=words)
+            planned = launch.with_data(_planned(cfg), listener=screen, command=typed, overrides=words)
         finally:
             screen.close()
         stopping.poll()  # a signal that came when the data were all but made is meant for the plan

@@ -189,19 +189,21 @@ def _check_seen(config: Config, key: str, named: str, metric: str) -> None:
 
 def _check_packages(config: Config) -> None:
     """What only some settings need is an extra; a missing one is told before anything begins."""
-    model = config.model
+    for key, package, extra in extras(config.model):
+        why = f"{key}: it needs the package {package}, which is not here: pip install spin-reg[{extra}]"
+        settings.check(find_spec(package) is not None, why)
+
+
+def extras(model: settings.Model) -> list[tuple[str, str, str]]:
+    """What a model needs beside what every run does: the setting, the package, and the extra that brings it."""
     if not isinstance(model, settings.Pretrained):
-        return
+        return []
     wanted = [
         (model.lora.rank > 0, "model.lora.rank", "peft", "lora"),
         (model.lora.quantize is not settings.Quantize.none, "model.lora.quantize", "bitsandbytes", "qlora"),
         (model.gguf_file is not None, "model.gguf_file", "gguf", "gguf"),
     ]
-    for used, key, package, extra in wanted:
-        there = not used or find_spec(package) is not None
-        settings.check(
-            there, f"{key}: it needs the package {package}, which is not here: pip install spin-reg[{extra}]"
-        )
+    return [(key, package, extra) for used, key, package, extra in wanted if used]
 
 
 THROUGH_AN_OPPONENT = (  # settings that do nothing where there is none

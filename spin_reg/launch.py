@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -97,10 +96,13 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     return planned
 
 
-def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str], data_alone: bool = False) -> Planned:
+def execute(
+    planned: Planned, *, listener: Listener, command: Sequence[str], overrides: Sequence[str], data_alone: bool = False
+) -> Planned:
     """Make what is missing of a planned run; how it came out.
 
     Args:
+        command: as it was typed, verb and all. overrides: the settings that it comes to, where it was typed.
         data_alone: make the data and leave it at that; only what they need is asked of the disk, nothing of a judge.
 
     Raises:
@@ -130,11 +132,11 @@ def execute(planned: Planned, *, listener: Listener, overrides: Sequence[str], d
             if data_alone and survey.PREPARED not in saved:
                 raise _refused_to_prepare(root)
         environment(settings)
-        _write_provenance(planned, overrides, data_alone=data_alone)
+        _write_provenance(planned, command, overrides, data_alone=data_alone)
         return _run(planned, listener, read, data_alone=data_alone)
 
 
-def with_data(planned: Planned, *, listener: Listener, overrides: Sequence[str]) -> Planned:
+def with_data(planned: Planned, *, listener: Listener, command: Sequence[str], overrides: Sequence[str]) -> Planned:
     """Make the data of a planned run, as `execute` would and will find them; the plan as it stands then.
 
     Raises:
@@ -142,7 +144,7 @@ def with_data(planned: Planned, *, listener: Listener, overrides: Sequence[str])
     """
     if planned.states[0].status in (Status.done, Status.reuse):
         return planned
-    execute(planned, listener=listener, overrides=overrides, data_alone=True)
+    execute(planned, listener=listener, command=command, overrides=overrides, data_alone=True)
     states = runner.states(planned.root, planned.outputs, planned.stages)
     return replace(planned, states=states, config_whole=_config_whole(planned.root, _saved(planned.root)))
 
@@ -268,17 +270,17 @@ def _refused_to_prepare(root: Path) -> ConfigError:
     )
 
 
-def _write_provenance(planned: Planned, overrides: Sequence[str], *, data_alone: bool) -> None:
+def _write_provenance(planned: Planned, command: Sequence[str], overrides: Sequence[str], *, data_alone: bool) -> None:
     settings, found = planned.config, planned.sources
     path = planned.root / rundir.RUN
     before = rundir.provenance(planned.root) or {}
     if survey.PREPARED in before and not data_alone:  # the run begins now; its data stay those that were looked at
-        before = {key: before[key] for key in ("cwd", "sources")}
+        before = {"sources": before["sources"]}
     value = {
         "created": before.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": before.get("command") or [redacted(word) for word in sys.argv],
+        "command": before.get("command") or [redacted(word) for word in command],
         "overrides": list(overrides),
-        "cwd": before.get("cwd") or str(Path.cwd()),
+        "cwd": str(Path.cwd()),  # what paths among these overrides are relative to
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
         "sources": origins.record(settings, found, before.get("sources", {})),
@@ -299,9 +301,11 @@ def _config_whole(root: Path, saved: Mapping[str, Any] | None) -> bool:
 
 
 def _also(planned: Planned) -> list[str]:
-    """Packages that train what is still to be made, beside those that every run uses."""
+    """Packages that make what is still to be made, beside those that every run uses."""
+    loads = any(hasattr(stage.spec, "policy") for stage in planned.todo)
     trains = any(isinstance(stage.spec, SftSpec | TrainSpec) for stage in planned.todo)
-    return processes.packages(planned.config.hardware) if trains else []
+    own = [package for _, package, _ in config.extras(planned.config.model)] if loads else []
+    return own + (processes.packages(planned.config.hardware) if trains else [])
 
 
 def _warn_of_versions(root: Path, also: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ YES = "--yes"
 def words_of(verb: str, words: Sequence[str]) -> list[str]:
     """The words a run began with, then the ones given now, then the place of its folder.
 
-    Paths among them are relative to where the run began, so the process moves there.
+    Paths among them are relative to where the run was last typed, so the process moves there.
 
     Raises:
         ConfigError: the first word is no run's folder. DamagedError: its run.json is damaged.

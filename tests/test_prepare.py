@@ -136,12 +136,14 @@ def test_a_run_begins_when_it_is_played(command: Command, tmp_path: Path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(versions, "here", lambda also=(): {"torch": "of the preparation"})
         assert command("plan", "--prepare", *mine, "schedule.iterations=5").code == 0
-    assert json.loads((root / "run.json").read_text())["versions"] == {"torch": "of the preparation"}
+    prepared = json.loads((root / "run.json").read_text())
+    assert prepared["versions"] == {"torch": "of the preparation"}
+    assert prepared["command"] == ["spin-reg", "plan", "--prepare", *mine, "schedule.iterations=5"]
     monkeypatch.setattr(launch, "_run", lambda *args, **kwargs: pytest.fail("a kill"))
     with pytest.raises(pytest.fail.Exception):
         command("train", *mine)
     record = json.loads((root / "run.json").read_text())
-    assert record["versions"] == versions.here() and "schedule.iterations=5" not in record["command"]
+    assert record["versions"] == versions.here() and record["command"] == ["spin-reg", "train", *mine]
     assert status(command, root)["state"] == "interrupted"
 
 

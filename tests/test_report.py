@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,7 +20,7 @@ from runfolders import KL, damage, run
 
 from spin_reg import opponents
 from spin_reg.opponents import Iterate
-from spin_reg.report import charts, figures, gather, groups, ink, page, story, svg, verb
+from spin_reg.report import charts, figures, gather, groups, ink, page, sheets, story, svg, verb
 from spin_reg.report.charts import Head, Look, Point, Series
 
 RNG = np.random.default_rng(0)
@@ -481,3 +482,11 @@ def test_in_a_real_browser_tables_sort_and_figures_answer(tmp_path: Path, tab: b
     )
     tab.move(2, 2)
     assert tab.run("document.getElementById('tip').hidden") and tab.said == []
+
+
+@pytest.mark.parametrize("words", [["alpha=0.5"], ["train", "alpha=0.5"]])
+def test_a_command_is_told_with_its_verb(words: list[str]) -> None:
+    """Which the records of older runs do not have."""
+    record = {"command": ["/x/spin_reg/__main__.py", *words], "versions": {}, "sources": {}}
+    (first, *_) = sheets.provenance([SimpleNamespace(record=record)])  # type: ignore[list-item]
+    assert first == ("command", "spin-reg train alpha=0.5")

@@ -1,5 +1,6 @@
 """Runs that were cut, extended, damaged or changed, through the real command."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Command, weights
+from conftest import ROOT, SMALL, Command, weights
 
 from spin_reg import fit, launch, runner
 from spin_reg.settings import Sharding
@@ -289,3 +290,65 @@ def test_the_version_of_what_trains_is_recorded_where_it_does(
         assert found == (first if iterations == 1 else {**first, "deepspeed": "0.19.8"})
         told[0] = "0.19.8" if iterations == 1 else "0.19.9"
     assert "versions differ from those this run began with: deepspeed 0.19.8 -> 0.19.9" in result.err
+
+
+def test_a_record_says_what_was_typed_and_where_its_settings_are_read(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first command, verb and all; the last one's settings, and the folder that paths among them are relative to,
+    from which `resume` reads them: a second call in another folder reads what lies there.
+    """
+    from spin_reg import durable
+
+    rows = [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(40)]
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word for word in SMALL if word != "schedule.iterations=2"]
+    words += ["dataset=jsonl", "dataset.path=my.jsonl", "evaluation=none", "loss=sft"]
+    words += [f"outputs={tmp_path / 'o'}", "run_name=run"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert command("train", *words, "schedule.iterations=1").code == 0
+    path = tmp_path / "o/run/run.json"
+    before = durable.read_record(path)
+    assert before["command"] == ["spin-reg", "train", *words, "schedule.iterations=1"]
+    assert before["cwd"] == str(tmp_path / "a")
+    monkeypatch.chdir(tmp_path / "b")
+    assert command("train", *words, "schedule.iterations=2").code == 0
+    (tmp_path / "a/my.jsonl").unlink()
+    monkeypatch.chdir(tmp_path)
+    result = command("resume", str(tmp_path / "o/run"), "schedule.iterations=3")
+    assert result.code == 0, result.err
+    after = durable.read_record(path)
+    assert after["command"] == before["command"] and after["cwd"] == str(tmp_path / "b")
+    assert "schedule.iterations=3" in after["overrides"]
+
+
+@pytest.mark.parametrize(
+    ("words", "used"),
+    [
+        ([], []),
+        (["model.lora.rank=2"], ["peft"]),
+        (["model.lora.rank=2", "model.lora.quantize=nf4"], ["peft", "bitsandbytes"]),
+        (["model.gguf_file=x.gguf"], ["gguf"]),
+    ],
+)
+def test_packages_that_only_some_models_need_are_recorded_for_them(words: list[str], used: list[str]) -> None:
+    """From when on something that loads the model is still to be made; not for the data alone."""
+    from types import SimpleNamespace
+
+    from hydra import compose, initialize_config_dir
+
+    from spin_reg import config, specs
+    from spin_reg.plan import Sources, plan
+
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        own = ["model=pretrained", "model.name_or_path=m", "dataset=jsonl", "dataset.path=x.jsonl"]
+        cfg = compose("config", [*own, *words])
+    settings = config.load(cfg)
+    todo = plan(settings, Sources(model="m", tokenizer="t", data="d"))
+    data = [stage for stage in todo if isinstance(stage.spec, specs.PrepareSpec)]
+    for some, known in ((todo, used), (data, [])):
+        planned: Any = SimpleNamespace(config=settings, todo=some)
+        assert launch._also(planned) == known

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from spin_reg import metrics
+from spin_reg import metrics, verbs
 from spin_reg.console import COLUMNS
 from spin_reg.report import charts, groups, names
 from spin_reg.report.gather import Run
@@ -260,9 +260,8 @@ def provenance(runs: Sequence[Run]) -> list[tuple[str, str]]:
     def told(run: Run) -> str:
         program, *words = run.record.get("command") or ["spin-reg"]
         name = Path(program).name
-        return shlex.join(
-            ["spin-reg" if name == "__main__.py" else name, "train", *_kept(words)]
-        )  # its verb is cut off
+        verb = [] if words and words[0] in verbs.TABLE else ["train"]  # older records do not have it
+        return shlex.join(["spin-reg" if name == "__main__.py" else name, *verb, *_kept(words)])
 
     machines = [_machine(run.record) for run in runs]
     versions = [", ".join(f"{k} {v}" for k, v in run.record["versions"].items()) for run in runs]

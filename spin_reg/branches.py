@@ -60,7 +60,7 @@ def attend(
             mask = None if attention_mask is None else attention_mask[rows, ..., first:]
             seen = (query[rows], key[rows, :, first:], value[rows, :, first:], mask)
             made.append(by(module, *seen, **kwargs)[0])
-        return torch.cat(made), None
+        return (torch.cat(made) if len(made) > 1 else made[0]), None
     parts = (query, key, value)
     wide = any(slow(states) for states in parts)
     with torch.autocast("cpu", enabled=False) if wide else nullcontext():

@@ -28,10 +28,10 @@ class Columns(DynamicLayer):
         """Columns in use."""
         return self.used
 
-    def put(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Lay a prompt, (heads, length, width), to the left of the newest column."""
-        there = slice(self.used - keys.shape[1], self.used)
-        self.keys[row, :, there], self.values[row, :, there] = keys, values
+    def put(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write n states, (n, heads, width), each at its row and column."""
+        for there, states in ((self.keys, keys), (self.values, values)):
+            there.transpose(1, 2).index_put_((rows, columns), states)
 
     def trim(self, rows: Tensor, first: int) -> None:
         """Keep these rows, and the columns from `first` on."""

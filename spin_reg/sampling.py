@@ -10,6 +10,7 @@ that is written in place.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -150,28 +151,31 @@ class _Decoder:
             self.logits, self.mask = self._padded(prompts, self.cache)
         else:
             cache = DynamicCache()
-            logits, places = self._read(prompts, cache)
+            logits, of, states = self._read(prompts, cache)
             if not self.cache.layers:
                 self.cache = Cache(layers=[empty(layer, len(self.rows), columns) for layer in cache.layers])
                 self.logits = logits.new_zeros((len(self.rows), logits.shape[1]))
+            lengths = torch.tensor([len(prompt) for prompt in prompts])
+            rows = torch.tensor(taken).repeat_interleave(lengths).to(states.device)
+            there = torch.cat([torch.arange(columns - n, columns) for n in lengths.tolist()]).to(states.device)
             for layer, made in zip(self.cache.layers, cache.layers, strict=True):
                 assert isinstance(layer, Columns)
-                for row, (of, states) in zip(taken, places, strict=True):
-                    layer.put(row, made.keys[of][:, states], made.values[of][:, states])
+                layer.put(rows, there, *(part.transpose(1, 2)[of, states] for part in (made.keys, made.values)))
             self.logits[taken] = logits
         for row, i, prompt in zip(taken, picked, prompts, strict=True):
             self.rows[row], self.first[row] = i, columns - len(prompt)
             self.mask[row, : self.first[row]], self.mask[row, self.first[row] :] = 0, 1
             self.positions[row] = len(prompt)
 
-    def _read(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-        """The logits after each prompt, and where in the cache its states lie: a row, and columns of it."""
+    def _read(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """The logits after each prompt; and where in the cache the states of all their tokens lie: rows and columns."""
         if self.packs and max(map(len, prompts)) < scorer.window(self.model):
             packed = pack([Group(prompt, ([0],)) for prompt in prompts], self.model.device)
-            places = [(0, torch.tensor(row, device=self.model.device)) for row in packed.rows]
-            return scorer.packed_logits(self.model, packed, cache), places
+            states = torch.tensor(list(chain(*packed.rows)), device=self.model.device)
+            return scorer.packed_logits(self.model, packed, cache), torch.zeros_like(states), states
         logits, mask = self._padded(prompts, cache)
-        return logits, [(row, seen.nonzero().squeeze(1)) for row, seen in enumerate(mask)]
+        of, states = mask.nonzero(as_tuple=True)
+        return logits, of, states
 
     def _padded(self, prompts: Sequence[Sequence[int]], cache: Cache) -> tuple[Tensor, Tensor]:
         ids, mask = (made.to(self.model.device) for made in _left_padded(prompts))

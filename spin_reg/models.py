@@ -179,7 +179,27 @@ def from_folder(
         _written_out(model)
     if policy.quantize is Quantize.nf4:
         _unpacked(model)
+    _keep_capping(model, policy.attn_implementation, folder)
     return model
+
+
+def _keep_capping(model: PreTrainedModel, asked: str | None, folder: Path) -> None:
+    """PyTorch's attention caps no logits, and some releases of transformers use it, silently, where a model caps them.
+
+    Raises:
+        ConfigError: it was asked for.
+    """
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if not capped or model.config._attn_implementation != "sdpa":
+        return
+    if asked is not None:
+        raise ConfigError(
+            "This attention leaves out what the model does to its logits.",
+            where=f"model.attn_implementation={asked}, {folder}",
+            why="the model caps attention's logits (attn_logit_softcapping), scaled_dot_product_attention does not",
+            todo="use model.attn_implementation=eager, or leave it out",
+        )
+    model.set_attn_implementation("eager")
 
 
 def _stored(folder: Path) -> torch.dtype | None:

@@ -17,7 +17,7 @@ from spin_reg.products import Linear, plainly, product
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
 
 log = logging.getLogger(__name__)
-NOISE = 4
+NOISE = 4  # packed rows may differ from plain ones by so many times what these differ from themselves
 IN_CACHE = 2**19  # logits that are looked at together on a CPU: 2 MB in float32, which stay in its cache
 _found: dict[str, bool] = {}  # what `reads_packed` found, by architecture
 

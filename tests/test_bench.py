@@ -46,7 +46,9 @@ def test_flops_of_a_forward_are_those_that_torch_counts(tied: bool, tmp_path: Pa
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.arange(tokens).unsqueeze(0), use_cache=False)
     unseen = 4 * 32 * 3 * (tokens * tokens - tokens * (tokens + 1) // 2)  # eager attention multiplies what is masked
-    assert arithmetic.forward(found, tokens, tokens) == counter.get_total_flops() - unseen
+    by_module = counter.get_flop_counts()
+    angles = sum(by_module.get("LlamaForCausalLM.model.rotary_emb", {}).values())  # a product in some of its releases
+    assert arithmetic.forward(found, tokens, tokens) == counter.get_total_flops() - unseen - angles
 
 
 def test_work_counts_a_pairs_prompt_once_and_no_forward_of_a_last_token() -> None:

@@ -333,7 +333,9 @@ def test_a_record_says_what_was_typed_and_where_its_settings_are_read(
         (["model.gguf_file=x.gguf"], ["gguf"]),
     ],
 )
-def test_packages_that_only_some_models_need_are_recorded_for_them(words: list[str], used: list[str]) -> None:
+def test_packages_that_only_some_models_need_are_recorded_for_them(
+    words: list[str], used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From when on something that loads the model is still to be made; not for the data alone."""
     from types import SimpleNamespace
 
@@ -342,6 +344,7 @@ def test_packages_that_only_some_models_need_are_recorded_for_them(words: list[s
     from spin_reg import config, specs
     from spin_reg.plan import Sources, plan
 
+    monkeypatch.setattr(config, "find_spec", lambda package: package)  # whether they are here or not
     config.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         own = ["model=pretrained", "model.name_or_path=m", "dataset=jsonl", "dataset.path=x.jsonl"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SMALL, Command, weights
+from conftest import SMALL, Command, weights
 
 from spin_reg import fit, launch, runner
 from spin_reg.settings import Sharding
@@ -339,17 +339,13 @@ def test_packages_that_only_some_models_need_are_recorded_for_them(
     """From when on something that loads the model is still to be made; not for the data alone."""
     from types import SimpleNamespace
 
-    from hydra import compose, initialize_config_dir
+    from test_config import composed
 
     from spin_reg import config, specs
     from spin_reg.plan import Sources, plan
 
     monkeypatch.setattr(config, "find_spec", lambda package: package)  # whether they are here or not
-    config.register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        own = ["model=pretrained", "model.name_or_path=m", "dataset=jsonl", "dataset.path=x.jsonl"]
-        cfg = compose("config", [*own, *words])
-    settings = config.load(cfg)
+    settings = composed("model=pretrained", "model.name_or_path=m", "dataset=jsonl", "dataset.path=x.jsonl", *words)
     todo = plan(settings, Sources(model="m", tokenizer="t", data="d"))
     data = [stage for stage in todo if isinstance(stage.spec, specs.PrepareSpec)]
     for some, known in ((todo, used), (data, [])):

@@ -17,10 +17,7 @@ if TYPE_CHECKING:
     from spin_reg.footers import Cost
 
 log = logging.getLogger(__name__)
-DRAWN = {
-    "generated_ids": "real_ids",
-    "generated": "real",
-}  # columns of drawn answers, and what they are taken to be like
+DRAWN = {"generated_ids": "real_ids", "generated": "real"}  # columns of drawn answers, what they are taken to be like
 
 
 @dataclass(frozen=True)

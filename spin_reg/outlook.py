@@ -89,7 +89,7 @@ def disk(planned: Planned, read: Mapping[Split, int] | None = None) -> space.Nee
         keep=settings.keep_iterates,
         future=planned.future,
     )
-    bound = needed(_most(planned, read))
+    bound = needed(replace(_most(planned, read), records=have.records))  # a manifest is the same either way
     return replace(needed(have), peak=bound.peak) if have.measured else bound
 
 

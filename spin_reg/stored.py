@@ -41,13 +41,10 @@ def record(stage: Stage, files: int, seen: dict[Any, int]) -> int:
     """Bytes of the manifest of a stage with so many files.
 
     Args:
-        seen: those of the plan so far. Of answers and scores there may be hundreds of thousands; those of one shape
-            differ by some digits.
+        seen: those of the plan so far. There may be hundreds of thousands; those of one shape differ by some digits.
     """
-    key: Any = (stage.name, files)
-    if isinstance(stage.spec, GenerateSpec | ScoreSpec):
-        dealt = sum(map(len, stage.spec.draw.samplers)) if stage.spec.draw is not None else 0
-        key = (stage.kind, files, len(stage.needs), dealt)
+    draw = getattr(stage.spec, "draw", None)
+    key = (stage.kind, files, len(stage.needs), 0 if draw is None else sum(map(len, draw.samplers)))
     if key not in seen:
         entries = {f"{i:015d}": {"size": 10**4, "sha256": HASH} for i in range(files)}
         seen[key] = len(durable.record(rundir.record(stage, dict.fromkeys(stage.needs, HASH), entries)))

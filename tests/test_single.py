@@ -94,7 +94,7 @@ def test_a_page_of_settings_that_do_not_compose_is_the_same_error(command: Comma
 
 
 @pytest.mark.parametrize(
-    ("word", "idle"), [("plan", ("asyncio", "jinja2", "rich")), ("--help", ("hydra", "spin_reg.specs"))]
+    ("word", "idle"), [("plan", ("asyncio", "jinja2", "pandas", "rich")), ("--help", ("hydra", "spin_reg.specs"))]
 )
 def test_what_is_not_needed_is_not_loaded(word: str, idle: tuple[str, ...], tmp_path: Path) -> None:
     """Each takes some 10 ms or more: judges and tables are for runs, and stages took a third of the page's time."""

@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,3 +126,10 @@ def test_records_and_metrics_are_as_long_as_was_foretold(run: outlook.Planned) -
         assert told == pytest.approx((folder / rundir.MANIFEST).stat().st_size, rel=0.02), stage.name
         if isinstance(stage.spec, EvaluateSpec):
             assert stored.values(stage) == len(json.loads((folder / "metrics.json").read_bytes()))
+
+
+def test_a_table_is_weighed_without_pandas() -> None:
+    """Which Arrow imports to look at Python's own values, and a plan would wait for."""
+    code = "import sys; from spin_reg import footers as f, tables as t; f.frame(t.PAIRS); print('pandas' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

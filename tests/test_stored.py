@@ -130,6 +130,7 @@ def test_records_and_metrics_are_as_long_as_was_foretold(run: outlook.Planned) -
 
 def test_a_table_is_weighed_without_pandas() -> None:
     """Which Arrow imports to look at Python's own values, and a plan would wait for."""
-    code = "import sys; from spin_reg import footers as f, tables as t; f.frame(t.PAIRS); print('pandas' in sys.modules)"
+    code = "import sys; from spin_reg import footers, tables\n"
+    code += "footers.frame(tables.PAIRS); print('pandas' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

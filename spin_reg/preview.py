@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 from spin_reg import asking, estimate, outlook, processes, space
 from spin_reg.fingerprint import plain
@@ -11,6 +12,7 @@ from spin_reg.runner import State, Status
 from spin_reg.sheet import short
 
 BOUNDS = "; bounds: with --prepare the data are made first, for estimates"
+GPUS = Path("/proc/driver/nvidia/gpus")  # where the driver lists them
 
 
 def show(planned: Planned) -> None:
@@ -32,7 +34,8 @@ def show(planned: Planned) -> None:
         print(f"  judge: {asking.words(planned.config.evaluation.judge, asked)}")
     if how := processes.words(planned.config.hardware):
         print(f"  processes: {how}")
-    print(f"  memory: {memory.words(estimate.room(), helps)}")
+    gpu = "; the memory of the GPU here was not looked at" if memory.by_kind and GPUS.is_dir() else ""
+    print(f"  memory: {memory.words(estimate.room(), helps)}{gpu}")
     print(f"  time: {outlook.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")
 

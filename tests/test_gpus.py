@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL, Command
 from test_sampling import END, llama
 
-from spin_reg import gpus, models, sampling
+from spin_reg import gpus, models, preview, sampling
 from spin_reg.errors import ConfigError
 from spin_reg.stages import train as train_stage
 
@@ -47,6 +47,16 @@ def test_inside_kernels_give_the_same_bits_and_outside_all_is_as_before(wanted: 
     with pytest.raises(RuntimeError, match="of another kind"), gpus.repeatable(wanted, "here"):
         raise RuntimeError("of another kind")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_plan_says_that_the_memory_of_a_gpu_was_not_looked_at(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that fits the machine's RAM would seem to fit the GPU that it will run on."""
+    for there in (False, True):
+        monkeypatch.setattr(preview, "GPUS", tmp_path if there else tmp_path / "none")
+        (line,) = (line for line in command("plan", *SMALL).out.splitlines() if "memory:" in line)
+        assert line.endswith("the memory of the GPU here was not looked at") == there
 
 
 def test_training_asks_for_them_and_says_what_has_none(

@@ -29,7 +29,7 @@ class Amounts:
         prompt, real: tokens of a prompt and of its real answer, the means of a split.
         drawn: tokens of an answer that an iterate draws, the mean, where its own limit is no lower.
         costs: of each split what the columns of a table weigh; empty: nothing is measured yet.
-        records: what `space` reckoned of stages' manifests.
+        records: what `stored` reckoned of stages' manifests.
         measured: whether these are means that were measured; else every number is the most that it can be.
     """
 

@@ -96,12 +96,9 @@ def _one_query(
 
 
 def _unfolded(states: Tensor, unfold: Tensor) -> Tensor:
-    """(1, heads, T, D) -> (rows, heads, L, D). A slot's gradient is the sum of its rows', made in float32."""
+    """(1, heads, T, D) -> (rows, heads, L, D)."""
     slots = states[0].transpose(0, 1)
-    if slots.requires_grad and torch.is_grad_enabled():
-        slots = slots.float()
-    rows = slots.index_select(0, unfold.flatten()).to(states.dtype)
-    return rows.view(*unfold.shape, *slots.shape[1:]).transpose(1, 2)
+    return slots.index_select(0, unfold.flatten()).view(*unfold.shape, *slots.shape[1:]).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attend)

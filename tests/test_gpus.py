@@ -1,6 +1,7 @@
 """What sets GPUs apart, as far as a machine without one can show it."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,19 @@ def test_training_asks_for_them_and_says_what_has_none(
     assert "iteration 0, train" in refused.err and "put_" in refused.err and asked == [True]
     assert command(*words, "hardware.deterministic=false").code == 0
     assert asked[1:] and not any(asked[1:])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_all_that_trains_is_told(
+    wanted: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[bool, str]] = []
+
+    def listening(wanted: bool, where: str) -> AbstractContextManager[None]:
+        told.append((wanted, where))
+        return nullcontext()
+
+    monkeypatch.setattr(gpus, "repeatable", listening)
+    words = ["schedule.iterations=1", f"hardware.deterministic={str(wanted).lower()}", f"outputs={tmp_path}"]
+    assert command("train", *SMALL, *words).code == 0
+    assert [where.split()[-1] for _, where in told] == ["sft", "train"] and {said for said, _ in told} == {wanted}

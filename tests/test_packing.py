@@ -236,7 +236,7 @@ def test_rounding_that_hangs_on_companions_is_no_other_way_of_reading(monkeypatc
 
 
 def test_gradients_of_a_slot_that_many_rows_share_are_summed_in_float32() -> None:
-    """In bfloat16 a sum of 300 ones stays at 256."""
+    """By PyTorch itself: added up in bfloat16, 300 ones would stay at 256."""
     states = torch.zeros(1, 1, 4, 1, dtype=torch.bfloat16, requires_grad=True)
     rows = branches._unfolded(states, torch.tensor([[0, 1 + i % 3] for i in range(300)]))
     assert rows.dtype == torch.bfloat16 and rows.shape == (300, 1, 2, 1)

@@ -78,11 +78,11 @@ class Linear(nn.Linear):
 
 
 def quick(model: nn.Module) -> None:
-    """Make every plain linear layer of a model a `Linear`, where that is worth it."""
+    """Make the large plain linear layers of a model `Linear`s, where that is worth it; others would wait for Python."""
     if not _mkl_is_slow():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):
+        if type(module) is nn.Linear and "forward" not in vars(module) and module.weight.numel() >= LARGE:
             module.__class__ = Linear
 
 
@@ -120,9 +120,9 @@ def slow(states: Tensor) -> bool:
 
 def _plain(layer: nn.Linear) -> bool:
     """Whether a layer is a linear one and no more: not one that packs its weights, or whose forward was replaced."""
-    return (
-        type(layer) in (nn.Linear, Linear) and "forward" not in vars(layer) and fits(layer.weight.device, _dtype(layer))
-    )
+    plain, dtype = type(layer) in (nn.Linear, Linear) and "forward" not in vars(layer), _dtype(layer)
+    large = dtype != torch.float32 or layer.weight.numel() >= LARGE  # small ones of float32 would wait for Python
+    return plain and large and fits(layer.weight.device, dtype)
 
 
 def _dtype(layer: nn.Linear) -> torch.dtype:

@@ -31,6 +31,7 @@ LEAVE = 0.75  # with no prompt waiting, rows are dropped once fewer than this sh
 REFILL = 8  # prompts come in once one row in so many is free
 PREFILL = 4096  # prompt tokens that go through the model at once
 TOGETHER = 16  # rows of which attention on a CPU reads the columns from the first that one of them sees
+NEARBY = 8  # such rows may be read together with others that see so many columns more
 BLOCK = 256  # probabilities that are summed before any is looked at
 
 
@@ -190,13 +191,20 @@ class _Decoder:
         self.positions = (self.positions + 1) * torch.tensor(going, device=self.positions.device)
 
     def _newest(self) -> Newest:
-        """Rows in blocks, on a GPU in one: those that came in together are of like length, the longest first."""
-        columns, found = self.mask.shape[1], []
+        """Rows in blocks, on a GPU in one: those that came in together are of like length, the longest first. Blocks
+        that see almost the same columns are one.
+        """
+        columns = self.mask.shape[1]
+        found: list[tuple[slice, int]] = []
         together = TOGETHER if self.mask.device.type == "cpu" else len(self.rows)
         for start in range(0, len(self.rows), together):
             rows = slice(start, start + together)
             going = (first for first, of in zip(self.first[rows], self.rows[rows], strict=True) if of is not None)
-            found.append((rows, min(going, default=columns - 1)))
+            first = min(going, default=columns - 1)
+            if found and abs(first - found[-1][1]) <= NEARBY:
+                before, other = found.pop()
+                rows, first = slice(before.start, rows.stop), min(first, other)
+            found.append((rows, first))
         return Newest(tuple(found))
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, **seen: Newest) -> Tensor:

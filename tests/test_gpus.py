@@ -34,6 +34,10 @@ def test_attention_over_a_cache_is_one_kernel_a_layer_there() -> None:
         blocks[device] = decoder._newest().blocks
     assert blocks["meta"] == ((slice(0, 40), 0),)
     assert [first for _, first in blocks["cpu"]] == [0, 15, 31]
+    decoder = sampling._Decoder(llama(END + 1), [[1]])
+    decoder.mask, decoder.rows = torch.empty((50, 90)), [*range(50)]
+    decoder.first = [8] * 16 + [9] * 16 + [1] * 16 + [50] * 2  # blocks that see almost the same columns are one
+    assert decoder._newest().blocks == ((slice(0, 48), 1), (slice(48, 64), 50))
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -4,9 +4,11 @@ Queries, keys and values are made of every slot once, with the positions of `pac
 copied to each of its answers. So no mask is needed, and the kernels that skip what a causal row does not see are used.
 On a CPU they may be those of float32 where the rest is in bfloat16.
 
-While answers are drawn, rows of a cache have one query each; columns that none of some rows sees are not read.
+While answers are drawn, rows of a cache have one query each; columns that none of some rows sees are not read. Slots of
+prompts that come in stand before them, and see no row's cache.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from spin_reg.columns import Coming
 from spin_reg.packing import Packed
 from spin_reg.products import fits, slow
 
@@ -25,9 +28,17 @@ NAME = "branches"
 
 @dataclass(frozen=True)
 class Newest:
-    """Rows with one query each, the newest column's: blocks of rows, and the first column that any row of each sees."""
+    """Slots of prompts, then the newest token of every row of a cache, which has one query each.
+
+    Attributes:
+        blocks: of rows, and the first column that any row of each sees; none where no newest token is read.
+        seen: (rows, 1, 1, columns) bool, what each row sees.
+        prompts: the slots before the newest tokens, and where in the cache their states lie.
+    """
 
     blocks: tuple[tuple[slice, int], ...]
+    seen: Tensor
+    prompts: tuple[Packed, Coming] | None = None
 
 
 def attend(
@@ -42,7 +53,8 @@ def attend(
     """What transformers' `sdpa` does, on unfolded rows or in blocks of rows where `branches` says so.
 
     Args:
-        query: (B, heads, T, D). key, value: (B, key heads, columns, D). B is 1 of a `Packed`, T is 1 of a `Newest`.
+        query: (B, heads, T, D). key, value: (B, key heads, columns, D). B is 1 of a `Packed`; of a `Newest` it is 1 in
+            queries, and in keys and values, which are the cache's, the number of rows.
 
     Returns:
         (B, T, heads, D), and no weights.
@@ -50,17 +62,9 @@ def attend(
     if branches is None:
         made, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return made, None
-    made = []
     if isinstance(branches, Newest):
-        plain = attention_mask is None or (attention_mask.shape[1] == 1 and attention_mask.dtype == torch.bool)
-        own = plain and kwargs.get("position_bias") is None and query.dtype == torch.float32
-        own = own and fits(query.device, query.dtype)  # in bfloat16 its scores would be rounded before the softmax
-        by = _one_query if own else sdpa_attention_forward
-        for rows, first in branches.blocks:
-            mask = None if attention_mask is None else attention_mask[rows, ..., first:]
-            seen = (query[rows], key[rows, :, first:], value[rows, :, first:], mask)
-            made.append(by(module, *seen, **kwargs)[0])
-        return (torch.cat(made) if len(made) > 1 else made[0]), None
+        return torch.cat(list(_over_cache(module, query, key, value, branches, **kwargs)), dim=1), None
+    made = []
     parts = (query, key, value)
     wide = any(slow(states) for states in parts)
     with torch.autocast("cpu", enabled=False) if wide else nullcontext():
@@ -72,12 +76,30 @@ def attend(
     return torch.cat(made).index_select(0, branches.fold).unsqueeze(0).to(query.dtype), None
 
 
+def _over_cache(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, newest: Newest, **kwargs: Any
+) -> Iterator[Tensor]:
+    """(1, slots, heads, D) of prompts, and of each block of rows."""
+    start = 0
+    if newest.prompts is not None:
+        packed, coming = newest.prompts
+        start = packed.fold.numel()
+        yield attend(module, query[:, :, :start], coming.of(key), coming.of(value), None, packed, **kwargs)[0]
+    queries = query[0, :, start:].transpose(0, 1).unsqueeze(2)
+    own = kwargs.get("position_bias") is None and query.dtype == torch.float32
+    own = own and fits(query.device, query.dtype)  # in bfloat16 its scores would be rounded before the softmax
+    by = _one_query if own else sdpa_attention_forward
+    for rows, first in newest.blocks:
+        seen = (queries[rows], key[rows, :, first:], value[rows, :, first:], newest.seen[rows, ..., first:])
+        yield by(module, *seen, **kwargs)[0].transpose(0, 1)
+
+
 def _one_query(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -89,7 +111,7 @@ def _one_query(
     queries = query.reshape(rows * heads, -1, width)
     products = torch.bmm(key.flatten(0, 1), queries.mT)  # the other way round takes longer
     scores = products.mT.contiguous().view(rows, heads, -1, columns)
-    seen = query.new_zeros(1, dtype=torch.float32) if mask is None else torch.where(mask, 0.0, -torch.inf)
+    seen = torch.where(mask, 0.0, -torch.inf)
     weights = torch.add(seen, scores, alpha=width**-0.5 if scaling is None else scaling).softmax(dim=-1)
     made = torch.bmm(weights.to(value.dtype).flatten(0, 1), value.flatten(0, 1))
     return made.view(rows, 1, -1, value.shape[-1]), None

@@ -1,9 +1,38 @@
 """A cache of keys and values that is written in place: rows side by side, their newest token in one column."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 128  # columns by which the cache grows
+
+
+@dataclass(frozen=True)
+class Coming:
+    """Where the states of slots of prompts go; a slot that several prompts share goes to all their rows.
+
+    Attributes:
+        slots, rows, columns: (n,) int64, the state of slot `slots[i]` goes to row `rows[i]` and column `columns[i]`.
+        one: (slots,) int64, an i of each slot.
+    """
+
+    slots: Tensor
+    rows: Tensor
+    columns: Tensor
+    one: Tensor
+
+    def of(self, states: Tensor) -> Tensor:
+        """The slots' states out of a cache's, (rows, heads, columns, width) -> (1, heads, slots, width)."""
+        return states[self.rows[self.one], :, self.columns[self.one]].transpose(0, 1).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What is read as one row: slots of prompts that come in, then the newest token of every row, or of none."""
+
+    coming: Coming | None
+    newest: bool
 
 
 class Columns(DynamicLayer):
@@ -11,34 +40,63 @@ class Columns(DynamicLayer):
 
     keys: Tensor
     values: Tensor
+    is_initialized: bool
     used = 0
+    rows = 0
+    slots: Slots | None = None  # of the pass at hand
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the newest column; keys and values are (rows, heads, 1, width)."""
-        if self.used == self.keys.shape[2]:
-            self.keys, self.values = (_wider(states, ROOM) for states in (self.keys, self.values))
-        self.keys[:, :, self.used] = key_states[:, :, 0]
-        self.values[:, :, self.used] = value_states[:, :, 0]
-        self.used += 1
+        """Write the newest column; keys and values are (rows, heads, 1, width), or of `Slots` (1, heads, T, width)."""
+        if self.slots is not None:
+            return self._read(self.slots, key_states, value_states)
+        self.widen(self.used + 1)
+        self.keys[:, :, self.used - 1] = key_states[:, :, 0]
+        self.values[:, :, self.used - 1] = value_states[:, :, 0]
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
 
+    def _read(self, slots: Slots, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        self._allot(keys, values)
+        if slots.coming is not None:
+            rows, columns, of = slots.coming.rows, slots.coming.columns, slots.coming.slots
+            self.put(rows, columns, keys[of], values[of])
+        if slots.newest:
+            self.keys[:, :, self.used - 1] = keys[-self.rows :]
+            self.values[:, :, self.used - 1] = values[-self.rows :]
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def widen(self, used: int) -> None:
+        """Have so many columns in use."""
+        self.used = used
+        if self.is_initialized and used > self.keys.shape[2]:
+            self.keys, self.values = (_wider(states, ROOM) for states in (self.keys, self.values))
+
     def get_seq_length(self) -> int:
-        """Columns in use."""
-        return self.used
+        """Columns in use; none where `Slots` are read, which see nothing by a mask."""
+        return self.used if self.slots is None else 0
 
     def put(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write n states, (n, heads, width), each at its row and column."""
+        self._allot(keys, values)
         for there, states in ((self.keys, keys), (self.values, values)):
             there.transpose(1, 2).index_put_((rows, columns), states)
+
+    def _allot(self, *kinds: Tensor) -> None:
+        """Take memory for states like these, once. What no row sees is read, too, and so must be a number."""
+        if not self.is_initialized:
+            self.keys, self.values = (
+                states.new_zeros((self.rows, states.shape[1], self.used + ROOM, states.shape[2])) for states in kinds
+            )
+            self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def trim(self, rows: Tensor, first: int) -> None:
         """Keep these rows, and the columns from `first` on."""
         self.keys, self.values = (
             _wider(states[rows, :, first : self.used], ROOM) for states in (self.keys, self.values)
         )
-        self.used -= first
+        self.rows, self.used = len(rows), self.used - first
 
 
 def _wider(states: Tensor, room: int) -> Tensor:
@@ -48,13 +106,8 @@ def _wider(states: Tensor, room: int) -> Tensor:
     return wide
 
 
-def empty(layer: DynamicLayer, rows: int, columns: int) -> Columns:
-    """So many free rows of columns, like those of a layer that was filled."""
+def empty(rows: int, columns: int) -> Columns:
+    """So many free rows of columns; what lies in them is known once states are put there."""
     made = Columns()
-    made.keys, made.values = (
-        _wider(states.new_zeros((rows, states.shape[1], columns, states.shape[3])), ROOM)
-        for states in (layer.keys, layer.values)
-    )
-    made.used, made.is_initialized = columns, True
-    made.dtype, made.device = layer.keys.dtype, layer.keys.device
+    made.rows, made.used = rows, columns
     return made

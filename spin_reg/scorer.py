@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spin_reg import branches
-from spin_reg.logprobs import cache_name, collate, token_logprobs
+from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.packing import TILE, Group, Packed, pack
 from spin_reg.products import Linear, plainly, product
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
@@ -58,23 +58,15 @@ def packed_logprobs(model: PreTrainedModel, packed: Packed) -> Tensor:
     return head_logprobs(states.to(dtype), head.weight, head.bias, packed.targets)
 
 
-def packed_logits(model: PreTrainedModel, packed: Packed, cache: Cache) -> Tensor:
-    """(n, vocabulary): the logits at the slots before the targets; keys and values of all slots go into the cache."""
-    states, head = _states(model, packed, cache)
-    logits: Tensor = head(states)
-    return logits
-
-
-def _states(model: PreTrainedModel, packed: Packed, cache: Cache | None = None) -> tuple[Tensor, Any]:
+def _states(model: PreTrainedModel, packed: Packed) -> tuple[Tensor, Any]:
     """(n, hidden): the last states at the slots before the targets; and the head."""
     inner = _inner(model)
     hidden = inner.base_model(
         input_ids=packed.input_ids,
         attention_mask=torch.ones_like(packed.input_ids),  # else positions that begin anew would make a mask
         position_ids=packed.position_ids,
-        use_cache=cache is not None,
+        use_cache=False,
         branches=packed,
-        **({} if cache is None else {cache_name(inner.base_model): cache}),
     ).last_hidden_state
     return hidden[0].index_select(0, packed.before), inner.get_output_embeddings()
 

@@ -71,6 +71,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "join",
             "branches",
             "columns",
+            "decoder",
             "products",
             "gpus",
             "scorer",

@@ -10,7 +10,8 @@ import torch
 from conftest import SMALL, Command
 from test_sampling import END, llama
 
-from spin_reg import gpus, models, preview, sampling
+from spin_reg import gpus, models, preview
+from spin_reg.decoder import Decoder
 from spin_reg.errors import ConfigError
 from spin_reg.stages import train as train_stage
 
@@ -28,16 +29,16 @@ def test_attention_over_a_cache_is_one_kernel_a_layer_there() -> None:
     """On a CPU rows go in blocks, since columns that a block does not see cost time; there a kernel's start does."""
     blocks = {}
     for device in ("cpu", "meta"):
-        decoder = sampling._Decoder(llama(END + 1), [[1]])
+        decoder = Decoder(llama(END + 1), [[1]], 9)
         decoder.mask = torch.empty((40, 90), device=device)
         decoder.rows, decoder.first = [None, *range(39)], [89, *range(39)]
-        blocks[device] = decoder._newest().blocks
+        blocks[device] = decoder._blocks()
     assert blocks["meta"] == ((slice(0, 40), 0),)
     assert [first for _, first in blocks["cpu"]] == [0, 15, 31]
-    decoder = sampling._Decoder(llama(END + 1), [[1]])
+    decoder = Decoder(llama(END + 1), [[1]], 9)
     decoder.mask, decoder.rows = torch.empty((50, 90)), [*range(50)]
     decoder.first = [8] * 16 + [9] * 16 + [1] * 16 + [50] * 2  # blocks that see almost the same columns are one
-    assert decoder._newest().blocks == ((slice(0, 48), 1), (slice(48, 64), 50))
+    assert decoder._blocks() == ((slice(0, 48), 1), (slice(48, 64), 50))
 
 
 @pytest.mark.parametrize("wanted", [True, False])

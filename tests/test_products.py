@@ -110,15 +110,15 @@ def test_attention_of_one_query_is_its_formula(masked: bool) -> None:
             key[row, :, : row + 1], value[row, :, : row + 1] = 1e9, -1e9
     module = nn.Module()
     module.num_key_value_groups = shared
-    blocks = Newest(((slice(0, 2), 1 if masked else 0), (slice(2, 5), 3 if masked else 0)))
-    made, _ = attend(module, query, key, value, mask if masked else None, blocks, scaling=0.7)
+    newest = Newest(((slice(0, 2), 1 if masked else 0), (slice(2, 5), 3 if masked else 0)), mask)
+    made, _ = attend(module, query.transpose(0, 2), key, value, None, newest, scaling=0.7)
     for row in range(rows):
         seen = slice(row + 1 if masked else 0, columns)
         for head in range(heads * shared):
             k, v = key[row, head // shared, seen].double(), value[row, head // shared, seen].double()
             weights = [math.exp(0.7 * float(query[row, head, 0].double() @ one)) for one in k]
             wanted = sum(weight * one for weight, one in zip(weights, v, strict=True)) / sum(weights)
-            torch.testing.assert_close(made[row, 0, head].double(), wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(made[0, row, head].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @cpu

@@ -96,7 +96,8 @@ def test_what_prompts_begin_with_in_common_is_read_once() -> None:
     )
     assert draw(model, prompts, points(len(PROMPTS), 8)) == alone
     hook.remove()
-    assert seen[0] == (1, 10 + sum(map(len, PROMPTS))) and seen[1] == (len(PROMPTS), 1)
+    assert seen[0] == (1, 10 + sum(map(len, PROMPTS)))  # the last token of each stands beside the others
+    assert seen[1] == (1, sum(len(answer.ids) > 1 for answer in alone))
 
 
 def test_an_end_token_stands_last_or_nowhere() -> None:

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, Command
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
-from spin_reg import sampling, scorer
+from spin_reg import decoder, sampling, scorer
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.stages import generate
 
@@ -75,9 +83,23 @@ def test_batch_size_and_order_change_no_answer() -> None:
     assert together == alone == backwards
 
 
-@pytest.mark.parametrize("build", [llama, gpt2])
-def test_rows_of_many_lengths_that_come_and_go_bring_their_own_log_probs(build) -> None:  # type: ignore[no-untyped-def]
-    """Blocks of rows read different columns, and prompts come in behind what left; nothing of that may show."""
+def mistral() -> PreTrainedModel:
+    """Looks back over 16 tokens, and so reads neither packed rows nor what a block of them sees."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = MistralConfig(vocab_size=12, num_hidden_layers=2, sliding_window=16, initializer_range=0.6, **shape)
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("at_once", [decoder.PREFILL, 30])
+@pytest.mark.parametrize("build", [llama, gpt2, mistral])
+def test_rows_of_many_lengths_that_come_and_go_bring_their_own_log_probs(
+    build: Callable[[], PreTrainedModel], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of rows read different columns, prompts come in behind what left, so many tokens at once; nothing of that
+    may show.
+    """
+    monkeypatch.setattr(decoder, "PREFILL", at_once)
     prompts = [[1 + (7 * i + j) % 4 for j in range(1 + i * 5 % 23)] for i in range(70)]
     model, u = build(), points(70, 24)
     answers = sampling.sample(model, prompts, u, ends=[END], temperature=1.0, top_p=1.0, batch_size=40)

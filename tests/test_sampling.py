@@ -84,10 +84,10 @@ def test_batch_size_and_order_change_no_answer() -> None:
 
 
 def mistral() -> PreTrainedModel:
-    """Looks back over 16 tokens, and so reads neither packed rows nor what a block of them sees."""
+    """Looks back over 20 tokens: too few for what is drawn, not for packed rows."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = MistralConfig(vocab_size=12, num_hidden_layers=2, sliding_window=16, initializer_range=0.6, **shape)
+    config = MistralConfig(vocab_size=12, num_hidden_layers=2, sliding_window=20, initializer_range=0.6, **shape)
     return MistralForCausalLM(config).eval()
 
 

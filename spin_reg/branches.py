@@ -10,7 +10,7 @@ prompts that come in stand before them, and see no row's cache.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,15 @@ class Newest:
     blocks: tuple[tuple[slice, int], ...]
     seen: Tensor
     prompts: tuple[Packed, Coming] | None = None
+    _masks: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
+
+    def masks(self, dtype: torch.dtype) -> list[Tensor]:
+        """What is added to the scores of each block; made once for all layers."""
+        if dtype not in self._masks:
+            added = torch.zeros(self.seen.shape, dtype=dtype, device=self.seen.device)
+            added.masked_fill_(~self.seen, -torch.inf)
+            self._masks[dtype] = [added[rows, ..., first:].contiguous() for rows, first in self.blocks]
+        return self._masks[dtype]
 
 
 def attend(
@@ -63,7 +72,8 @@ def attend(
         made, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return made, None
     if isinstance(branches, Newest):
-        return torch.cat(list(_over_cache(module, query, key, value, branches, **kwargs)), dim=1), None
+        made = list(_over_cache(module, query, key, value, branches, **kwargs))
+        return torch.cat(made, dim=1) if len(made) > 1 else made[0], None
     made = []
     parts = (query, key, value)
     wide = any(slow(states) for states in parts)
@@ -86,11 +96,11 @@ def _over_cache(
         start = packed.fold.numel()
         yield attend(module, query[:, :, :start], coming.of(key), coming.of(value), None, packed, **kwargs)[0]
     queries = query[0, :, start:].transpose(0, 1).unsqueeze(2)
-    own = kwargs.get("position_bias") is None and query.dtype == torch.float32
+    own = kwargs.get("position_bias") is None and query.dtype == key.dtype == torch.float32
     own = own and fits(query.device, query.dtype)  # in bfloat16 its scores would be rounded before the softmax
     by = _one_query if own else sdpa_attention_forward
-    for rows, first in newest.blocks:
-        seen = (queries[rows], key[rows, :, first:], value[rows, :, first:], newest.seen[rows, ..., first:])
+    for (rows, first), mask in zip(newest.blocks, newest.masks(key.dtype), strict=True):
+        seen = (queries[rows], key[rows, :, first:], value[rows, :, first:], mask)
         yield by(module, *seen, **kwargs)[0].transpose(0, 1)
 
 
@@ -111,8 +121,7 @@ def _one_query(
     queries = query.reshape(rows * heads, -1, width)
     products = torch.bmm(key.flatten(0, 1), queries.mT)  # the other way round takes longer
     scores = products.mT.contiguous().view(rows, heads, -1, columns)
-    seen = torch.where(mask, 0.0, -torch.inf)
-    weights = torch.add(seen, scores, alpha=width**-0.5 if scaling is None else scaling).softmax(dim=-1)
+    weights = torch.add(mask, scores, alpha=width**-0.5 if scaling is None else scaling).softmax(dim=-1)
     made = torch.bmm(weights.to(value.dtype).flatten(0, 1), value.flatten(0, 1))
     return made.view(rows, 1, -1, value.shape[-1]), None
 

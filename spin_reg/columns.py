@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -81,15 +82,21 @@ class Columns(DynamicLayer):
         """Write n states, (n, heads, width), each at its row and column."""
         self._allot(keys, values)
         for there, states in ((self.keys, keys), (self.values, values)):
-            there.transpose(1, 2).index_put_((rows, columns), states)
+            there.transpose(1, 2).index_put_((rows, columns), states.to(there.dtype))
 
     def _allot(self, *kinds: Tensor) -> None:
-        """Take memory for states like these, once. What no row sees is read, too, and so must be a number."""
-        if not self.is_initialized:
-            self.keys, self.values = (
-                states.new_zeros((self.rows, states.shape[1], self.used + ROOM, states.shape[2])) for states in kinds
-            )
-            self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
+        """Take memory for states like these, once. What no row sees is read, too, and so must be a number.
+
+        Under autocast they lie there as attention would cast them at every token.
+        """
+        if self.is_initialized:
+            return
+        kind, room = kinds[0].device.type, self.used + ROOM
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.keys, self.values = (
+            states.new_zeros((self.rows, states.shape[1], room, states.shape[2]), dtype=cast) for states in kinds
+        )
+        self.dtype, self.device, self.is_initialized = self.keys.dtype, self.keys.device, True
 
     def trim(self, rows: Tensor, first: int) -> None:
         """Keep these rows, and the columns from `first` on."""

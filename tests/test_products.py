@@ -9,6 +9,7 @@ from torch import nn
 
 from spin_reg import products, sampling
 from spin_reg.branches import Newest, attend
+from spin_reg.columns import Slots, empty
 
 cpu = pytest.mark.skipif(
     not products.fits(torch.device("cpu"), torch.bfloat16), reason="oneDNN has no products of bfloat16 on this CPU"
@@ -119,6 +120,32 @@ def test_attention_of_one_query_is_its_formula(masked: bool) -> None:
             weights = [math.exp(0.7 * float(query[row, head, 0].double() @ one)) for one in k]
             wanted = sum(weight * one for weight, one in zip(weights, v, strict=True)) / sum(weights)
             torch.testing.assert_close(made[0, row, head].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_under_autocast_the_cache_is_cast_once_and_scores_are_not_rounded() -> None:
+    """Queries and keys come in float32 there, since the angles of positions do; attention casts both. Against float64
+    of the cast ones: scores of 30 in bfloat16 would be off by up to 0.06, and so the weights.
+    """
+    torch.manual_seed(0)
+    rows, columns, width = 32, 40, 64
+    query, key, value = torch.randn(1, 4, rows, width), torch.randn(1, 2, rows, width), torch.randn(1, 2, rows, width)
+    layer = empty(rows, columns)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(columns):
+            key, value = torch.randn(1, 2, rows, width), torch.randn(1, 2, rows, width).bfloat16()
+            layer.slots = Slots(None, newest=True)
+            layer.widen(layer.used + 1)
+            keys, values = layer.update(12 * key, value)
+        assert keys.dtype == values.dtype == torch.bfloat16 and keys.shape == (rows, 2, 2 * columns, width)
+        seen = torch.arange(2 * columns).expand(rows, 1, 1, -1) >= columns
+        module = nn.Module()
+        module.num_key_value_groups = 2
+        made, _ = attend(module, query, keys, values, None, Newest(((slice(0, rows), columns - 3),), seen))
+    q, k, v = (part.bfloat16().double() for part in (query[0].transpose(0, 1), keys, values))
+    k, v = (part[:, :, columns:].repeat_interleave(2, dim=1) for part in (k, v))
+    wanted = (torch.einsum("rhd,rhcd->rhc", q, k) / width**0.5).softmax(-1).unsqueeze(-2) @ v
+    assert (made[0].double() - wanted.squeeze(-2)).abs().max() < 0.02
 
 
 @cpu

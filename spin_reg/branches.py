@@ -5,7 +5,7 @@ copied to each of its answers. So no mask is needed, and the kernels that skip w
 On a CPU they may be those of float32 where the rest is in bfloat16.
 
 While answers are drawn, rows of a cache have one query each; columns that none of some rows sees are not read. Slots of
-prompts that come in stand before them, and see no row's cache.
+prompts that come in stand before them, and see their own prompt alone.
 """
 
 from collections.abc import Iterator
@@ -39,15 +39,23 @@ class Newest:
     blocks: tuple[tuple[slice, int], ...]
     seen: Tensor
     prompts: tuple[Packed, Coming] | None = None
-    _masks: dict[torch.dtype, list[Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[torch.dtype, int], list[tuple[slice, int, Tensor]]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
-    def masks(self, dtype: torch.dtype) -> list[Tensor]:
-        """What is added to the scores of each block; made once for all layers."""
-        if dtype not in self._masks:
-            added = torch.zeros(self.seen.shape, dtype=dtype, device=self.seen.device)
-            added.masked_fill_(~self.seen, -torch.inf)
-            self._masks[dtype] = [added[rows, ..., first:].contiguous() for rows, first in self.blocks]
-        return self._masks[dtype]
+    def reads(self, key: Tensor) -> list[tuple[slice, int, Tensor]]:
+        """Of each block its rows, the first of the layer's columns that it reads, and what is added to scores there.
+        The layer may have the newest columns alone. Made once for all layers that are alike.
+        """
+        dtype, columns = key.dtype, key.shape[2]
+        if (dtype, columns) not in self._masks:
+            unseen = self.seen.shape[-1] - columns
+            added = torch.zeros(self.seen.shape, dtype=dtype, device=key.device).masked_fill_(~self.seen, -torch.inf)
+            blocks = [(rows, max(first, unseen)) for rows, first in self.blocks]
+            self._masks[dtype, columns] = [
+                (rows, first - unseen, added[rows, ..., first:].contiguous()) for rows, first in blocks
+            ]
+        return self._masks[dtype, columns]
 
 
 def attend(
@@ -93,13 +101,14 @@ def _over_cache(
     start = 0
     if newest.prompts is not None:
         packed, coming = newest.prompts
-        start = packed.fold.numel()
-        yield attend(module, query[:, :, :start], coming.of(key), coming.of(value), None, packed, **kwargs)[0]
+        start, used = packed.input_ids.shape[1], newest.seen.shape[-1]
+        keys, values = coming.of(key, used), coming.of(value, used)
+        yield attend(module, query[:, :, :start], keys, values, None, packed, **kwargs)[0]
     queries = query[0, :, start:].transpose(0, 1).unsqueeze(2)
     own = kwargs.get("position_bias") is None and query.dtype == key.dtype == torch.float32
     own = own and fits(query.device, query.dtype)  # in bfloat16 its scores would be rounded before the softmax
     by = _one_query if own else sdpa_attention_forward
-    for (rows, first), mask in zip(newest.blocks, newest.masks(key.dtype), strict=True):
+    for rows, first, mask in newest.reads(key):
         seen = (queries[rows], key[rows, :, first:], value[rows, :, first:], mask)
         yield by(module, *seen, **kwargs)[0].transpose(0, 1)
 
@@ -122,7 +131,7 @@ def _one_query(
     products = torch.bmm(key.flatten(0, 1), queries.mT)  # the other way round takes longer
     scores = products.mT.contiguous().view(rows, heads, -1, columns)
     weights = torch.add(mask, scores, alpha=width**-0.5 if scaling is None else scaling).softmax(dim=-1)
-    made = torch.bmm(weights.to(value.dtype).flatten(0, 1), value.flatten(0, 1))
+    made = torch.bmm(weights.flatten(0, 1), value.flatten(0, 1))
     return made.view(rows, 1, -1, value.shape[-1]), None
 
 

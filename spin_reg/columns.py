@@ -15,17 +15,20 @@ class Coming:
 
     Attributes:
         slots, rows, columns: (n,) int64, the state of slot `slots[i]` goes to row `rows[i]` and column `columns[i]`.
-        one: (slots,) int64, an i of each slot.
+        row, column: (slots,) int64, one place of each slot.
     """
 
     slots: Tensor
     rows: Tensor
     columns: Tensor
-    one: Tensor
+    row: Tensor
+    column: Tensor
 
-    def of(self, states: Tensor) -> Tensor:
-        """The slots' states out of a cache's, (rows, heads, columns, width) -> (1, heads, slots, width)."""
-        return states[self.rows[self.one], :, self.columns[self.one]].transpose(0, 1).unsqueeze(0)
+    def of(self, states: Tensor, used: int) -> Tensor:
+        """The slots' states out of a cache's newest columns of `used`, (rows, heads, columns, width) ->
+        (1, heads, slots, width).
+        """
+        return states[self.row, :, self.column - (used - states.shape[2])].transpose(0, 1).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,16 @@ class Slots:
 
 
 class Columns(DynamicLayer):
-    """One layer's keys and values in a buffer with room to the right; what is read is a view of it."""
+    """One layer's keys and values in a buffer with room to the right; what is read is a view of it, of slots no longer
+    than the layer looks back.
+    """
 
     keys: Tensor
     values: Tensor
     is_initialized: bool
     used = 0
     rows = 0
+    window: int | None = None
     slots: Slots | None = None  # of the pass at hand
 
     def update(
@@ -66,7 +72,8 @@ class Columns(DynamicLayer):
         if slots.newest:
             self.keys[:, :, self.used - 1] = keys[-self.rows :]
             self.values[:, :, self.used - 1] = values[-self.rows :]
-        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        first = max(0, self.used - (self.window or self.used))
+        return self.keys[:, :, first : self.used], self.values[:, :, first : self.used]
 
     def widen(self, used: int) -> None:
         """Have so many columns in use."""
@@ -75,7 +82,7 @@ class Columns(DynamicLayer):
             self.keys, self.values = (_wider(states, ROOM) for states in (self.keys, self.values))
 
     def get_seq_length(self) -> int:
-        """Columns in use; none where `Slots` are read, which see nothing by a mask."""
+        """Columns in use; 0 where `Slots` are read, so that transformers makes no mask."""
         return self.used if self.slots is None else 0
 
     def put(self, rows: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -113,8 +120,8 @@ def _wider(states: Tensor, room: int) -> Tensor:
     return wide
 
 
-def empty(rows: int, columns: int) -> Columns:
+def empty(rows: int, columns: int, window: int | None = None) -> Columns:
     """So many free rows of columns; what lies in them is known once states are put there."""
     made = Columns()
-    made.rows, made.used = rows, columns
+    made.rows, made.used, made.window = rows, columns, window
     return made

@@ -5,11 +5,13 @@ that column, over what the row before it left behind. A prompt goes through the 
 that is written in place.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from spin_reg import scorer
 from spin_reg.branches import Newest
@@ -22,17 +24,29 @@ TOGETHER = 16  # rows of which attention on a CPU reads the columns from the fir
 NEARBY = 8  # such rows may be read together with others that see so many columns more
 
 
+def lays_beside(model: PreTrainedModel) -> bool:
+    """Whether the states of rows can be laid side by side, with padding: those of attention can, recurrent ones not."""
+    layers = DynamicCache(config=model.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
 class Decoder:
     """The rows that are being answered: which prompt each answers, its cache, and the logits of its next token.
 
     A pass reads the newest token of every row together with the prompts that come in, as one row of slots: the last
-    token of a prompt is its row's newest one, those before it are packed. Models that read no packed rows, or look back
-    less far than an answer may reach, read the newest tokens and then the prompts, padded.
+    token of a prompt is its row's newest one, those before it are packed. Models that read no packed rows, or none as
+    long as a prompt, read the newest tokens and then the prompts, padded.
+
+    Args:
+        longest: tokens that a row may come to have.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: int) -> None:
         self.model, self.prompts = model, prompts
-        self.packs = scorer.reads_packed(model) and max(map(len, prompts)) + longest < scorer.window(model)
+        self.layers = DynamicCache(config=model.config).layers  # as transformers would keep them
+        chunks, packs = getattr(model.config, "attention_chunk_size", None), scorer.reads_packed(model)
+        short = max(map(len, prompts), default=0) < scorer.window(model) and longest < (chunks or math.inf)
+        self.packs = packs and short and lays_beside(model)
         self.cache_name = cache_name(model)
         self.keeps = takes(model, "logits_to_keep")
         self.rows: list[int | None] = []  # the prompt that each row answers; None: the row is free
@@ -69,19 +83,19 @@ class Decoder:
             self.mask = torch.zeros((len(self.rows), columns), dtype=torch.long, device=self.model.device)
             self.positions = torch.zeros((len(self.rows), 1), dtype=torch.long, device=self.model.device)
 
-    def _take(self, row: int, i: int) -> None:
-        """Have a prompt end in the newest column."""
-        count = len(self.prompts[i])
-        self.rows[row], self.first[row] = i, self.mask.shape[1] - count
-        self.mask[row, : self.first[row]], self.mask[row, self.first[row] :] = 0, 1
-        self.positions[row] = count
+    def _take(self, coming: Sequence[tuple[int, int]]) -> None:
+        """Have prompts end in the newest column, each in its row."""
+        columns = self.mask.shape[1]
+        for row, i in coming:
+            self.rows[row], self.first[row] = i, columns - len(self.prompts[i])
+        rows = torch.tensor([row for row, _ in coming], dtype=torch.long, device=self.mask.device)
+        first = torch.tensor([[self.first[row]] for row, _ in coming], device=rows.device)
+        self.mask[rows] = (torch.arange(columns, device=rows.device) >= first).long()
+        self.positions[rows] = columns - 1 - first
 
     def _grow(self) -> None:
-        """Have one more column, the newest."""
+        """Have one more column, the newest; the positions of free rows stay where they are allowed."""
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(self.rows), 1))], dim=1)
-
-    def _go_on(self) -> None:
-        """The positions of free rows stay where they are allowed."""
         going = [[of is not None] for of in self.rows]
         self.positions = (self.positions + 1) * torch.tensor(going, device=self.positions.device)
 
@@ -89,20 +103,19 @@ class Decoder:
         before = max((len(self.prompts[i]) for _, i in coming), default=1) - 1
         self._room(before)
         if not self.cache.layers:
-            layers = DynamicCache(config=self.model.config).layers
-            self.cache = Cache(layers=[empty(len(self.rows), before) for _ in layers])
+            windows = [getattr(layer, "sliding_window", None) for layer in self.layers]
+            self.cache = Cache(layers=[empty(len(self.rows), before, window) for window in windows])
         self._grow()
         newest = list(tokens)
         for row, i in coming:
-            self._take(row, i)
             newest[row] = self.prompts[i][-1]
-            self.positions[row] -= 1
+        if coming:
+            self._take(coming)
         begun = [(row, self.prompts[i][:-1]) for row, i in coming if len(self.prompts[i]) > 1]
         parts = [[begun[place] for place in some] for some in cut([len(ids) for _, ids in begun], tokens=PREFILL)]
         for part in parts[:-1]:
             self._pass([], part)
         self.logits = self._pass(newest, parts[-1] if parts else [])
-        self._go_on()
 
     def _pass(self, newest: Sequence[int], begun: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
         """Read slots: of the beginnings of prompts, each with its row, then the newest tokens, after which come the
@@ -130,10 +143,10 @@ class Decoder:
             for row, way in zip(rows, slots, strict=True)
             for column, slot in enumerate(way, self.first[row])
         ]
-        one = {slot: i for i, (slot, _, _) in enumerate(of)}
-        made = torch.tensor(of, device=self.model.device)
-        some = torch.tensor([one[slot] for slot in range(len(one))], device=made.device)
-        return Coming(slots=made[:, 0], rows=made[:, 1], columns=made[:, 2], one=some)
+        one = {slot: (row, column) for slot, row, column in of}
+        all_, each = torch.tensor(of, device=self.model.device), torch.tensor([one[slot] for slot in range(len(one))])
+        each = each.to(all_.device)
+        return Coming(slots=all_[:, 0], rows=all_[:, 1], columns=all_[:, 2], row=each[:, 0], column=each[:, 1])
 
     def _blocks(self) -> tuple[tuple[slice, int], ...]:
         """Rows in blocks, on a GPU in one: those that came in together are of like length, the longest first. Blocks
@@ -141,14 +154,17 @@ class Decoder:
         """
         columns = self.mask.shape[1]
         found: list[tuple[slice, int]] = []
+        latest = 0
         together = TOGETHER if self.mask.device.type == "cpu" else len(self.rows)
         for start in range(0, len(self.rows), together):
             rows = slice(start, start + together)
             going = (first for first, of in zip(self.first[rows], self.rows[rows], strict=True) if of is not None)
             first = min(going, default=columns - 1)
-            if found and abs(first - found[-1][1]) <= NEARBY:
+            if found and max(first, latest) - min(first, found[-1][1]) <= NEARBY:
                 before, other = found.pop()
-                rows, first = slice(before.start, rows.stop), min(first, other)
+                rows, first, latest = slice(before.start, rows.stop), min(first, other), max(first, latest)
+            else:
+                latest = first
             found.append((rows, first))
         return tuple(found)
 
@@ -156,7 +172,6 @@ class Decoder:
         self._grow()
         ids = torch.tensor(tokens, device=self.model.device).unsqueeze(-1)
         self.logits = self._forward(ids, self.mask, self.positions, self.cache)[:, -1]
-        self._go_on()
 
     def _fill(self, coming: Sequence[tuple[int, int]]) -> None:
         taken, prompts = [row for row, _ in coming], [self.prompts[i] for _, i in coming]
@@ -177,8 +192,7 @@ class Decoder:
                     rows, states + shift, *(part.transpose(1, 2)[of, states] for part in (made.keys, made.values))
                 )
         self.logits[taken] = logits
-        for row, i in coming:
-            self._take(row, i)
+        self._take(coming)
 
     def _forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, last: int = 1, **seen: Newest
@@ -198,18 +212,18 @@ class Decoder:
 
     def trim(self, *, leave: bool, room: int = 0) -> None:
         """Give up the columns that no answer at hand looks at, but for `room`, and with `leave` the free rows."""
-        going = torch.tensor([of is not None for of in self.rows], device=self.mask.device)
-        first = int(self.mask[going].any(dim=0).int().argmax())
-        first = max(0, min(first, self.mask.shape[1] - room))
+        going = [row for row, of in enumerate(self.rows) if of is not None]
+        first = max(0, min(min(self.first[row] for row in going), self.mask.shape[1] - room))
         if not leave and first < ROOM:
             return  # not worth the copies
-        rows = going.nonzero().squeeze(1) if leave else torch.arange(len(going), device=going.device)
+        kept = going if leave else list(range(len(self.rows)))
+        rows = torch.tensor(kept, device=self.mask.device)
         for layer in self.cache.layers:
             if isinstance(layer, Columns):
                 layer.trim(rows, first)
         self.mask, self.positions = self.mask[rows, first:], self.positions[rows]
-        self.first = [self.first[row] - first for row in rows.tolist()]
-        self.rows = [self.rows[row] for row in rows.tolist()]
+        self.first = [self.first[row] - first for row in kept]
+        self.rows = [self.rows[row] for row in kept]
 
 
 def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""Products on a CPU: oneDNN's with a model's weights, while answers are drawn laid out for it once; attention's dtype.
+"""Products on a CPU: oneDNN's with a model's large weights, laid out for it once while answers are drawn; attention's
+dtype.
 
 PyTorch gives float32 to MKL, which on CPUs that are not its maker's uses half the width of their registers. And drawing
 multiplies every weight by a few rows, step after step, where weights in bfloat16 would be laid out anew each time.
@@ -88,7 +89,8 @@ def quick(model: nn.Module) -> None:
 
 @contextmanager
 def laid_out(model: nn.Module) -> Iterator[None]:
-    """Inside, plain linear layers on a CPU multiply by a copy of their weights; all other modules are left alone.
+    """Inside, plain linear layers on a CPU multiply by a copy of their weights; all other modules are left alone, and
+    so are small layers in float32.
 
     They give what `nn.Linear` gives, up to rounding, without gradients. The copy is in the dtype of the products: under
     autocast it stands in for the one that autocast would keep.
@@ -119,7 +121,9 @@ def slow(states: Tensor) -> bool:
 
 
 def _plain(layer: nn.Linear) -> bool:
-    """Whether a layer is a linear one and no more: not one that packs its weights, or whose forward was replaced."""
+    """Whether a layer is a linear one and no more (not one that packs its weights, or whose forward was replaced), for
+    whose products a copy of its weights pays.
+    """
     plain, dtype = type(layer) in (nn.Linear, Linear) and "forward" not in vars(layer), _dtype(layer)
     large = dtype != torch.float32 or layer.weight.numel() >= LARGE  # small ones of float32 would wait for Python
     return plain and large and fits(layer.weight.device, dtype)

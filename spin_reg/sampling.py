@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
 
 from spin_reg import scorer
-from spin_reg.decoder import Decoder
+from spin_reg.decoder import Decoder, lays_beside
 from spin_reg.errors import NonFiniteError
 from spin_reg.fingerprint import seed_of
 from spin_reg.products import laid_out
@@ -128,12 +127,12 @@ def sample(
         NonFiniteError: a logit is NaN, or none is finite: there is no distribution to draw from.
     """
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # a later one always fits
-    size = min(batch_size or len(prompts), len(prompts)) if _lays_beside(model) else 1
+    size = min(batch_size or len(prompts), len(prompts)) if lays_beside(model) else 1
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     reasons = ["length"] * len(prompts)
     longest, whole = points.shape[1], 0
-    decoder = Decoder(model, prompts, longest)
+    decoder = Decoder(model, prompts, max(map(len, prompts), default=0) + longest)
     with laid_out(model):
         while waiting or any(of is not None for of in decoder.rows):
             free, come = sum(of is None for of in decoder.rows), 0
@@ -164,9 +163,3 @@ def sample(
                     whole += 1
                     ended(whole)
     return [Answer(*answer) for answer in zip(tokens, reasons, logprobs, strict=True)]
-
-
-def _lays_beside(model: PreTrainedModel) -> bool:
-    """Whether the states of rows can be laid side by side, with padding: those of attention can, recurrent ones not."""
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)

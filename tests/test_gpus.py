@@ -39,6 +39,8 @@ def test_attention_over_a_cache_is_one_kernel_a_layer_there() -> None:
     decoder.mask, decoder.rows = torch.empty((50, 90)), [*range(50)]
     decoder.first = [8] * 16 + [9] * 16 + [1] * 16 + [50] * 2  # blocks that see almost the same columns are one
     assert decoder._blocks() == ((slice(0, 48), 1), (slice(48, 64), 50))
+    decoder.first = [48] * 16 + [42] * 16 + [36] * 16 + [30] * 2
+    assert decoder._blocks() == ((slice(0, 32), 42), (slice(32, 64), 30))
 
 
 @pytest.mark.parametrize("wanted", [True, False])

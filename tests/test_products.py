@@ -129,7 +129,7 @@ def test_under_autocast_the_cache_is_cast_once_and_scores_are_not_rounded() -> N
     """
     torch.manual_seed(0)
     rows, columns, width = 32, 40, 64
-    query, key, value = torch.randn(1, 4, rows, width), torch.randn(1, 2, rows, width), torch.randn(1, 2, rows, width)
+    query = torch.randn(1, 4, rows, width)
     layer = empty(rows, columns)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(columns):

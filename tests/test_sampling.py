@@ -18,6 +18,7 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from spin_reg import decoder, sampling, scorer
 from spin_reg.logprobs import collate, token_logprobs
@@ -83,16 +84,25 @@ def test_batch_size_and_order_change_no_answer() -> None:
     assert together == alone == backwards
 
 
-def mistral() -> PreTrainedModel:
-    """Looks back over 20 tokens: too few for what is drawn, not for packed rows."""
+def mistral(window: int) -> PreTrainedModel:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = MistralConfig(vocab_size=12, num_hidden_layers=2, sliding_window=20, initializer_range=0.6, **shape)
+    config = MistralConfig(vocab_size=12, num_hidden_layers=2, sliding_window=window, initializer_range=0.6, **shape)
     return MistralForCausalLM(config).eval()
 
 
+def past_a_window() -> PreTrainedModel:
+    """Looks back over all of every prompt here, and over less than prompts and answers."""
+    return mistral(26)
+
+
+def within_prompts() -> PreTrainedModel:
+    """Looks back over less than the longest prompts, which are then not read packed."""
+    return mistral(20)
+
+
 @pytest.mark.parametrize("at_once", [decoder.PREFILL, 30])
-@pytest.mark.parametrize("build", [llama, gpt2, mistral])
+@pytest.mark.parametrize("build", [llama, gpt2, past_a_window, within_prompts])
 def test_rows_of_many_lengths_that_come_and_go_bring_their_own_log_probs(
     build: Callable[[], PreTrainedModel], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +129,38 @@ def test_what_prompts_begin_with_in_common_is_read_once() -> None:
     assert draw(model, prompts, points(len(PROMPTS), 8)) == alone
     hook.remove()
     assert seen[0] == (1, 10 + sum(map(len, PROMPTS)))  # the last token of each stands beside the others
-    assert seen[1] == (1, sum(len(answer.ids) > 1 for answer in alone))
+    assert seen[1][1] <= len(PROMPTS)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_prompts_of_one_token(autocast: bool) -> None:
+    model, u = llama(), points(5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        answers = sampling.sample(model, [[i] for i in range(5)], u, ends=[END], temperature=1.0, top_p=1.0)
+        plain = token_logprobs(model, collate([[i] for i in range(5)], [a.ids for a in answers]))
+    for row, answer in zip(plain, answers, strict=True):
+        near = pytest.approx(row[: len(answer.ids)].tolist(), abs=0.1 if autocast else 5e-5)
+        assert answer.logprobs == near
+    assert sampling.sample(model, [], points(5, 8)[:0], ends=[END], temperature=1.0, top_p=1.0) == []
+
+
+def test_a_cache_of_another_kind_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some architectures keep more than keys and values there."""
+
+    class Other(DynamicLayer):
+        pass
+
+    model, u, made = llama(), points(len(PROMPTS), 8), []
+    wanted = draw(model, PROMPTS, u)
+
+    def caches(*args: Any, **kwargs: Any) -> DynamicCache:
+        made.append(DynamicCache(*args, **kwargs))
+        made[-1].layers = [Other() for _ in range(2)]
+        return made[-1]
+
+    monkeypatch.setattr(decoder, "DynamicCache", caches)
+    assert draw(model, PROMPTS, u) == wanted
+    assert sum(bool(cache.layers[0].is_initialized) for cache in made) == len(PROMPTS)
 
 
 def test_an_end_token_stands_last_or_nowhere() -> None:

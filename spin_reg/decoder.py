@@ -144,9 +144,10 @@ class Decoder:
             for column, slot in enumerate(way, self.first[row])
         ]
         one = {slot: (row, column) for slot, row, column in of}
-        all_, each = torch.tensor(of, device=self.model.device), torch.tensor([one[slot] for slot in range(len(one))])
-        each = each.to(all_.device)
-        return Coming(slots=all_[:, 0], rows=all_[:, 1], columns=all_[:, 2], row=each[:, 0], column=each[:, 1])
+        device, places = self.model.device, [one[slot] for slot in range(len(one))]
+        of_slots, of_rows, columns = torch.tensor(of, device=device).unbind(1)
+        row, column = torch.tensor(places, device=device).unbind(1)
+        return Coming(slots=of_slots, rows=of_rows, columns=columns, row=row, column=column)
 
     def _blocks(self) -> tuple[tuple[slice, int], ...]:
         """Rows in blocks, on a GPU in one: those that came in together are of like length, the longest first. Blocks

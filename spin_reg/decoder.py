@@ -47,8 +47,8 @@ class Decoder:
         chunks, packs = getattr(model.config, "attention_chunk_size", None), scorer.reads_packed(model)
         short = max(map(len, prompts), default=0) < scorer.window(model) and longest < (chunks or math.inf)
         self.packs = packs and short and lays_beside(model)
-        self.cache_name = cache_name(model)
-        self.keeps = takes(model, "logits_to_keep")
+        self.named = cache_name(model)
+        self.last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.rows: list[int | None] = []  # the prompt that each row answers; None: the row is free
         self.first: list[int] = []  # the column where each row's prompt begins
         self.mask = self.positions = self.logits = torch.empty(0)
@@ -133,8 +133,9 @@ class Decoder:
             layer.slots = Slots(prompts and prompts[1], newest=bool(newest))
             layer.widen(self.mask.shape[1])
         seen = Newest(self._blocks() if newest else (), self.mask.bool()[:, None, None], prompts)
-        logits = self._forward(ids, torch.ones_like(ids), positions, self.cache, max(1, len(newest)), branches=seen)
-        return logits[0, -len(newest) :]
+        states, head = scorer.slot_states(self.model, ids, positions, seen, self.cache)
+        logits: Tensor = head(states[len(states) - len(newest) :])
+        return logits
 
     def _coming(self, rows: Sequence[int], slots: Sequence[Sequence[int]]) -> Coming:
         """Where the slots of the beginnings of prompts go, which stand left of the newest column."""
@@ -172,14 +173,14 @@ class Decoder:
     def _step(self, tokens: Sequence[int]) -> None:
         self._grow()
         ids = torch.tensor(tokens, device=self.model.device).unsqueeze(-1)
-        self.logits = self._forward(ids, self.mask, self.positions, self.cache)[:, -1]
+        self.logits = self._forward(ids, self.mask, self.positions, self.cache)
 
     def _fill(self, coming: Sequence[tuple[int, int]]) -> None:
         taken, prompts = [row for row, _ in coming], [self.prompts[i] for _, i in coming]
         ids, mask = (made.to(self.model.device) for made in _left_padded(prompts))
         alone = len(self.rows) == 1  # nothing to lay beside others: any kind of cache will do
         cache = DynamicCache(config=self.model.config) if alone else DynamicCache()
-        logits = self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)[:, -1]
+        logits = self._forward(ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0), cache)
         if not self.cache.layers:
             self.logits = logits.new_zeros((len(self.rows), logits.shape[1]))
             columns = self.mask.shape[1]
@@ -195,20 +196,17 @@ class Decoder:
         self.logits[taken] = logits
         self._take(coming)
 
-    def _forward(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, last: int = 1, **seen: Newest
-    ) -> Tensor:
-        """(B, T, V) logits, of at least the last tokens."""
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """(rows, V): the logits of the last column."""
         out = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             use_cache=True,
-            **{self.cache_name: cache},
-            **({"logits_to_keep": last} if self.keeps else {}),
-            **seen,
+            **{self.named: cache},
+            **self.last,
         )
-        logits: Tensor = out.logits
+        logits: Tensor = out.logits[:, -1]
         return logits
 
     def trim(self, *, leave: bool, room: int = 0) -> None:

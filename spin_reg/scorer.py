@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from spin_reg import branches
-from spin_reg.logprobs import collate, token_logprobs
+from spin_reg.logprobs import cache_name, collate, token_logprobs
 from spin_reg.packing import TILE, Group, Packed, pack
 from spin_reg.products import Linear, plainly, product
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
@@ -60,15 +60,27 @@ def packed_logprobs(model: PreTrainedModel, packed: Packed) -> Tensor:
 
 def _states(model: PreTrainedModel, packed: Packed) -> tuple[Tensor, Any]:
     """(n, hidden): the last states at the slots before the targets; and the head."""
+    states, head = slot_states(model, packed.input_ids, packed.position_ids, packed)
+    return states.index_select(0, packed.before), head
+
+
+def slot_states(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, slots: Packed | branches.Newest, cache: Cache | None = None
+) -> tuple[Tensor, Any]:
+    """(T, hidden): the last states of (1, T) slots, which attend as it is told; and the head.
+
+    Not by the model's own forward, which in some releases of transformers does not hand on what it is told.
+    """
     inner = _inner(model)
-    hidden = inner.base_model(
-        input_ids=packed.input_ids,
-        attention_mask=torch.ones_like(packed.input_ids),  # else positions that begin anew would make a mask
-        position_ids=packed.position_ids,
-        use_cache=False,
-        branches=packed,
+    hidden: Tensor = inner.base_model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),  # else positions that begin anew would make a mask
+        position_ids=positions,
+        use_cache=cache is not None,
+        branches=slots,
+        **({} if cache is None else {cache_name(inner.base_model): cache}),
     ).last_hidden_state
-    return hidden[0].index_select(0, packed.before), inner.get_output_embeddings()
+    return hidden[0], inner.get_output_embeddings()
 
 
 class _HeadLogprobs(torch.autograd.Function):

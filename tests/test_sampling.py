@@ -144,6 +144,15 @@ def test_prompts_of_one_token(autocast: bool) -> None:
     assert sampling.sample(model, [], points(5, 8)[:0], ends=[END], temperature=1.0, top_p=1.0) == []
 
 
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_what_slots_see_does_not_hang_on_the_models_own_forward(build: Callable[[], PreTrainedModel]) -> None:
+    """GPT-2's did not hand it on in transformers 5.0: rows would see one another."""
+    model, u = build(), points(len(PROMPTS), 8)
+    wanted = draw(model, PROMPTS, u)
+    model.forward = lambda *args, **kwargs: pytest.fail("it was called")
+    assert draw(model, PROMPTS, u) == wanted
+
+
 def test_a_cache_of_another_kind_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some architectures keep more than keys and values there."""
 

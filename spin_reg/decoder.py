@@ -24,12 +24,6 @@ TOGETHER = 16  # rows of which attention on a CPU reads the columns from the fir
 NEARBY = 8  # such rows may be read together with others that see so many columns more
 
 
-def lays_beside(model: PreTrainedModel) -> bool:
-    """Whether the states of rows can be laid side by side, with padding: those of attention can, recurrent ones not."""
-    layers = DynamicCache(config=model.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
 class Decoder:
     """The rows that are being answered: which prompt each answers, its cache, and the logits of its next token.
 
@@ -39,6 +33,9 @@ class Decoder:
 
     Args:
         longest: tokens that a row may come to have.
+
+    Attributes:
+        beside: whether the states of rows can be laid side by side: those of attention can, recurrent ones not.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: int) -> None:
@@ -46,7 +43,8 @@ class Decoder:
         self.layers = DynamicCache(config=model.config).layers  # as transformers would keep them
         chunks, packs = getattr(model.config, "attention_chunk_size", None), scorer.reads_packed(model)
         short = max(map(len, prompts), default=0) < scorer.window(model) and longest < (chunks or math.inf)
-        self.packs = packs and short and lays_beside(model)
+        self.beside = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers)
+        self.packs = packs and short and self.beside
         self.named = cache_name(model)
         self.last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.rows: list[int | None] = []  # the prompt that each row answers; None: the row is free

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spin_reg import scorer
-from spin_reg.decoder import Decoder, lays_beside
+from spin_reg.decoder import Decoder
 from spin_reg.errors import NonFiniteError
 from spin_reg.fingerprint import seed_of
 from spin_reg.products import laid_out
@@ -127,12 +127,12 @@ def sample(
         NonFiniteError: a logit is NaN, or none is finite: there is no distribution to draw from.
     """
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)  # a later one always fits
-    size = min(batch_size or len(prompts), len(prompts)) if lays_beside(model) else 1
     tokens: list[list[int]] = [[] for _ in prompts]
     logprobs: list[list[float]] = [[] for _ in prompts]
     reasons = ["length"] * len(prompts)
     longest, whole = points.shape[1], 0
     decoder = Decoder(model, prompts, max(map(len, prompts), default=0) + longest)
+    size = min(batch_size or len(prompts), len(prompts)) if decoder.beside else 1
     with laid_out(model):
         while waiting or any(of is not None for of in decoder.rows):
             free, come = sum(of is None for of in decoder.rows), 0

@@ -225,7 +225,7 @@ def _check_results(planned: Planned) -> None:
 
 def environment(settings: Config) -> None:
     """Pin what bits depend on, and quiet the libraries, before torch is imported."""
-    for name, value in (QUIET | processes.bound()).items():
+    for name, value in (QUIET | processes.bound() | processes.yielding()).items():
         os.environ.setdefault(name, value)
     from spin_reg import models
 

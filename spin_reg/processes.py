@@ -29,6 +29,7 @@ from spin_reg.stage import Stage
 
 HEAVY = {"sft", "generate", "score", "train", "divergence", "converse"}  # they load a model, and ranks share their rows
 SHOWN = 4  # lines
+LOOKS = 4000  # one run alone is no slower with it; with fewer looks it is
 INSTALL = "pip install spin-reg[deepspeed]"
 DEEPSPEED = (0, 19, 8), (0, 20)  # from, and up to but without: its inner workings differ from one to the next
 AGENT = re.compile(r"exitcode: (-?\d+)\) local_rank: (\d+)")  # torchrun, of the rank that ended first
@@ -180,6 +181,15 @@ def bound() -> dict[str, str]:
     every layer uses, are fewer than `sizes.KERNELS`.
     """
     return {name: str(sizes.KERNELS) for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")}
+
+
+def yielding() -> dict[str, str]:
+    """How often GNU's OpenMP, PyTorch's on Linux, has an idle thread look for work before it gives its core away.
+
+    It looks 300,000 times, which is longer than a small model's whole operations take: two runs on the same cores then
+    keep them from each other by looking.
+    """
+    return {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": str(LOOKS)}
 
 
 def environment(job: Job) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import console
+from spin_reg import console, processes
 
 pytestmark = pytest.mark.slow  # a process that loads torch takes seconds
 WORDS = [
@@ -293,3 +293,19 @@ def test_what_one_rank_raises_ends_the_others(root: Path, command: Command, trap
     trap(AT_THE_SECOND_SHARD.replace("== 2", "== 1 and os.environ['RANK'] == '1'"), raised)
     result = command(*again(root, ANSWERS), "hardware.processes=2")
     assert result.code == 5 and result.err.splitlines()[-4] == "spin-reg: A what."
+
+
+@pytest.mark.parametrize(
+    ("said", "looks"), [({}, processes.LOOKS), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "PASSIVE"}, 0)]
+)
+def test_idle_threads_leave_their_core_to_other_runs_where_nobody_says_otherwise(
+    said: dict[str, str], looks: int, tmp_path: Path
+) -> None:
+    """As the OpenMP that PyTorch loads reports it."""
+    left = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    words = [sys.executable, "-m", "spin_reg", "train", *WORDS, f"outputs={tmp_path}"]
+    env = left | said | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    told = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stderr
+    if "GOMP_SPINCOUNT" not in told:
+        pytest.skip("PyTorch has another OpenMP here")
+    assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", told)) == {str(looks)}

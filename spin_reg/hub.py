@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from spin_reg.errors import ConfigError, DataError, SpinRegError
@@ -52,18 +53,20 @@ def folder(model: Pretrained, patterns: tuple[str, ...], *, weights: bool) -> Pa
     from huggingface_hub import snapshot_download
 
     key = (model.name_or_path, model.revision)
-    ignored = None if weights else list(HEAVY)
+    wanted = partial(
+        snapshot_download,
+        model.name_or_path,
+        revision=_commits.get(key, model.revision),
+        allow_patterns=list(patterns),
+        ignore_patterns=None if weights else list(HEAVY),
+    )
     try:
-        found = Path(
-            snapshot_download(
-                model.name_or_path,
-                revision=_commits.get(key, model.revision),
-                allow_patterns=list(patterns),
-                ignore_patterns=ignored,
-            )
-        )
+        found = Path(wanted())
     except Exception as error:  # the Hub's client raises a dozen kinds; each means the model is not to be had
-        raise _not_found(model, error) from error
+        try:  # before 2.0 it asks for the list of a whole commit's files, though it may have them all
+            found = Path(wanted(local_files_only=True))
+        except Exception:
+            raise _not_found(model, error) from error
     _commits[key] = found.name
     return found
 

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 from conftest import Result
 from fakehub import FakeHub, Files, files, header, serving
+from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_reg import hub, models, sizes, sources
@@ -102,6 +105,27 @@ def test_a_model_is_the_same_before_and_after_its_weights_are_downloaded(
         sources.files_sha256(folder, sources.TOKENIZER_FILES),
     )
     assert not (folder / "pytorch_model.bin").exists()
+
+
+def test_a_whole_commit_in_the_cache_is_found_though_the_hub_cannot_be_asked(
+    here: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by a client that would list its files first, as releases before 2.0 do."""
+    folder = sources.model_folder(NAMED)
+    pinned = Pretrained(name_or_path=NAMED.name_or_path, revision=folder.name)
+    asks = huggingface_hub.snapshot_download
+
+    def listing(*args: Any, local_files_only: bool = False, **kwargs: Any) -> str:
+        if not local_files_only:
+            raise OfflineModeIsEnabled("no list of files")
+        return asks(*args, local_files_only=True, **kwargs)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for client in (asks, listing):
+        monkeypatch.setattr("huggingface_hub.snapshot_download", client)
+        assert sources.model_folder(pinned) == folder
+        with pytest.raises(ConfigError, match="was not found"):
+            sources.model_folder(Pretrained(name_or_path="somebody/else", revision=folder.name))
 
 
 def test_what_is_said_of_a_model_before_and_after_its_download(here: FakeHub) -> None:

@@ -222,12 +222,12 @@ SLOW = """
     from datetime import timedelta
     from torch import distributed
     begin = distributed.init_process_group
-    distributed.init_process_group = lambda backend, **more: begin(backend, timeout=timedelta(seconds=1), **more)
+    distributed.init_process_group = lambda backend, **more: begin(backend, timeout=timedelta(seconds=4), **more)
     def slow(path, content):
         if "shards" in str(path):
             with open(f"{WHERE}/rank-{os.environ['RANK']}", "a") as stream:
                 stream.write(f"{int(path.name[:9])} ")
-            time.sleep(2.5 * (os.environ["RANK"] == "1" and "answers" in str(path)))
+            time.sleep(7 * (os.environ["RANK"] == "1" and "answers" in str(path)))
     after(durable, "write_bytes", slow)
 """
 

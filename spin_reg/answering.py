@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from spin_reg import iterates, render, sampling
+from spin_reg import iterates, render, sampling, sizes
 from spin_reg.errors import DataError
 from spin_reg.fingerprint import digest
 from spin_reg.render import Messages, Unusable
@@ -41,7 +41,7 @@ def ask(
     accelerator = iterates.accelerator(hardware)
     loaded = iterates.load(folder, policy)
     model = loaded.model.to(accelerator.device)
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = sizes.positions_of(model.config.to_dict())
     ids, names, asked = [], [], Counter[str]()
     for i, messages in enumerate(prompts, start=1):
         try:

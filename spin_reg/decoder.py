@@ -41,7 +41,8 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], longest: int) -> None:
         self.model, self.prompts = model, prompts
         self.layers = DynamicCache(config=model.config).layers  # as transformers would keep them
-        chunks, packs = getattr(model.config, "attention_chunk_size", None), scorer.reads_packed(model)
+        packs = scorer.reads_packed(model)
+        chunks = getattr(scorer.text_config(model), "attention_chunk_size", None)
         short = max(map(len, prompts), default=0) < scorer.window(model) and longest < (chunks or math.inf)
         self.beside = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers)
         self.packs = packs and short and self.beside
@@ -198,7 +199,7 @@ class Decoder:
         """(rows, V): the logits of the last column."""
         out = self.model(
             input_ids=ids,
-            attention_mask=mask,
+            attention_mask=mask if self.beside else None,  # a row alone hides nothing; Mamba takes none after a prompt
             position_ids=positions,
             use_cache=True,
             **{self.named: cache},

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from spin_reg import branches
+from spin_reg import branches, trial
 from spin_reg.logprobs import cache_name, collate, token_logprobs
-from spin_reg.packing import TILE, Group, Packed, pack
+from spin_reg.packing import Group, Packed, pack
 from spin_reg.products import Linear, plainly, product
 from spin_reg.sizes import LOGITS_AT_ONCE, LOGITS_KEPT
 
 log = logging.getLogger(__name__)
-NOISE = 4  # packed rows may differ from plain ones by so many times what these differ from themselves
 IN_CACHE = 2**19  # logits that are looked at together on a CPU: 2 MB in float32, which stay in its cache
 _found: dict[str, bool] = {}  # what `reads_packed` found, by architecture
 
@@ -116,8 +115,9 @@ class _HeadLogprobs(torch.autograd.Function):
         of_states = torch.empty_like(states) if to_states else None
         of_weight = torch.zeros_like(weight, dtype=ctx.exact) if to_weight else None
         of_bias = torch.zeros_like(ctx.bias) if to_bias else None
+        bias = None if ctx.bias is None else ctx.bias.to(states.dtype)  # here autocast, which casts it, is off
         for i, rows in enumerate(_chunks(targets, weight)):
-            logits = product(states[rows], weight, ctx.bias) if ctx.kept is None else ctx.kept[i]
+            logits = product(states[rows], weight, bias) if ctx.kept is None else ctx.kept[i]
             if ctx.kept is not None:
                 ctx.kept[i] = None  # overwritten below
             columns = [values[rows].unsqueeze(1) for values in (normalisers, grad, targets)]
@@ -165,80 +165,55 @@ def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def window(model: nn.Module) -> float:
+def text_config(model: Any) -> Any:
+    """The settings of the language model: of one that reads pictures too they are a part of all."""
+    return _inner(model).config.get_text_config(decoder=True)
+
+
+def window(model: PreTrainedModel) -> float:
     """Tokens up to which one sees all that stands before it: some architectures look back only so far."""
-    config = _inner(model).config
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [getattr(text_config(model), name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((window for window in windows if window), default=math.inf)
 
 
-def reads_packed(model: nn.Module) -> bool:
+def reads_packed(model: PreTrainedModel) -> bool:
     """Whether a model reads packed rows as it reads plain ones: tried out once for every architecture.
 
-    It must go through the attention interface of transformers, take positions, see nothing of another branch, and make
-    its logits by one plain linear layer from its last states. Models with state spaces, attention of their own, or
-    scaled or capped logits do not. From here on its attention is `branches.attend`, elsewhere the same as `sdpa`.
+    It must go through the attention interface of transformers, take positions, see nothing of another branch, see all
+    that stands before a token, and make its logits by one plain linear layer from its last states. Models with state
+    spaces, attention of their own or to chosen tokens alone, or scaled or capped logits do not. From here on its
+    attention is `branches.attend`, elsewhere the same as `sdpa`.
+
+    Raises:
+        ConfigError: it does not read padded rows beside others as it reads each by itself.
     """
     inner = _inner(model)
-    head = inner.get_output_embeddings()
-    attention = inner.config._attn_implementation
-    if attention not in ("sdpa", branches.NAME) or type(head) not in (nn.Linear, Linear):
-        return False
-    kept = f"{type(inner).__name__} {head.weight.dtype} {inner.device.type} {inner.config.to_json_string()}"
+    attention, first = inner.config._attn_implementation, next(model.parameters())
+    attention = "sdpa" if attention == branches.NAME else attention
+    kept = f"{type(inner).__name__} {attention} {first.dtype} {first.device.type} {inner.config.to_json_string()}"
     if kept not in _found:
-        inner.set_attn_implementation(branches.NAME)
         with plainly(), torch.autocast(inner.device.type, enabled=False):
-            _found[kept] = _tried(model)
+            alone = trial.alone(model, type(inner).__name__)
+            _found[kept] = attention == "sdpa" and _may_pack(inner) and _tried(model, alone)
     inner.set_attn_implementation(branches.NAME if _found[kept] else attention)
     if not _found[kept]:
         log.info("%s does not read prompts with several answers: each is read by itself", type(inner).__name__)
     return _found[kept]
 
 
-@torch.no_grad()
-def _tried(model: nn.Module) -> bool:
-    """Packed rows give what plain ones give, and another branch's tokens change nothing at all.
+def _may_pack(inner: Any) -> bool:
+    """Whether it is worth a trial; where few tokens are attended to, these are all of rows as short as those tried."""
+    chosen = any(name.startswith("index_topk") for name in text_config(inner).to_dict())
+    plain = type(inner.get_output_embeddings()) in (nn.Linear, Linear)
+    return plain and not chosen and window(inner) >= trial.LENGTH
 
-    All rows have as many tokens as packing pads to and one that predicts nothing, so that on most CPUs both sides round
-    alike: what differs is how the model reads.
-    """
-    coarse = next(model.parameters()).dtype != torch.float32
-    groups = [_tokens(n, 6 * n, 6 * n + 1) for n in (4, 3, 9)]
-    other = [_tokens(4, 2, 25), *groups[1:]]
-    if max(group.longest for group in groups) >= window(model):
-        return False
+
+def _tried(model: PreTrainedModel, alone: trial.Alone) -> bool:
+    _inner(model).set_attn_implementation(branches.NAME)
     try:
-        packed, moved = (packed_logprobs(model, pack(rows, _inner(model).device)) for rows in (groups, other))
+        return trial.plain_head(_inner(model)) and trial.packs(
+            model, alone, lambda groups: packed_logprobs(model, pack(groups, _inner(model).device))
+        )
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         log.info("packed rows were refused: %s", error)
         return False
-    rows = [[*group.prompt, *answer] for group in groups for answer in group.answers]
-    device, begin = _inner(model).device, [len(group.prompt) for group in groups for _ in group.answers]
-    alone = [
-        token_logprobs(model, collate([row[:n]], [row[n:]]).to(device))[0] for row, n in zip(rows, begin, strict=True)
-    ]
-    longest = max(begin)
-    beside = token_logprobs(model, collate([row[:longest] for row in rows], [row[longest:] for row in rows]).to(device))
-    noise = beside - torch.stack([row[longest - n :] for row, n in zip(alone, begin, strict=True)])
-    near = _near(packed - torch.cat(alone), noise, 0.5 if coarse else 1e-4)
-    first = len(groups[0].answers[0])
-    return near and torch.equal(packed[first:], moved[first:])
-
-
-def _near(gap: Tensor, noise: Tensor, bound: float) -> bool:
-    """Whether a gap is within the bound, or no more than a few times that between the plain path and itself.
-
-    GPUs, and some CPUs, round a row otherwise beside others: SmolLM2's log-probs in float32 by up to 1.3e-4 nats a
-    token on an H200. A row that is read otherwise differs by far more than it does.
-    """
-    gap, noise = gap.abs(), noise.abs()
-    return bool(gap.max() <= bound or gap.mean() <= NOISE * noise.mean().clamp(max=bound))
-
-
-def _tokens(prompt: int, *seeds: int) -> Group:
-    """A prompt of so many tokens and an answer for each seed, of tokens that every vocabulary has.
-
-    Prompts whose lengths differ by six begin alike, so that their slots are shared; others do not.
-    """
-    row = [1 + (prompt + place * place) % 6 for place in range(prompt)]
-    return Group(row, tuple([1 + (seed + place * place) % 6 for place in range(TILE + 1 - prompt)] for seed in seeds))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,7 @@ def trained_parameters(model: Model) -> int:
 
 
 def positions(model: Model) -> int | None:
-    """How many tokens a model can read at once, as its config.json says it (with its RoPE scaling); None: no limit.
-
-    A RoPE that stretches with the length counts up to where that begins: beyond, a log-prob would depend on the batch's
-    longest row, and keys that are cached before would not fit those after.
-    """
+    """How many tokens a model can read at once, as its files say it; None: no limit."""
     if not isinstance(model, Pretrained):
         return TINY_POSITIONS
     if model.gguf_file is not None:
@@ -132,17 +129,7 @@ def positions(model: Model) -> int | None:
     path = sources.model_folder(model, weights=False) / "config.json"
     try:
         settings: dict[str, Any] = json.loads(path.read_bytes())
-        settings = settings.get("text_config") or settings  # of a model that reads pictures too
-        found = settings.get("max_position_embeddings", settings.get("n_positions"))
-        if found is None:
-            return None
-        scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        parts = [part for part in (scaling, *scaling.values()) if isinstance(part, dict)]  # one a kind of layer, or one
-        original = scaling.get("original_max_position_embeddings", found)
-        if any(part.get("rope_type", part.get("type")) in STRETCHING for part in parts):
-            return min(int(found), int(settings.get("original_max_position_embeddings", original)))
-        scaled = original * (scaling.get("factor") or 1)
-        return max(int(found), int(scaled))
+        return positions_of(settings)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             "The model's config.json cannot be read.",
@@ -150,6 +137,25 @@ def positions(model: Model) -> int | None:
             why=" ".join(str(error).split())[:200],
             todo="put the file back as save_pretrained wrote it",
         ) from error
+
+
+def positions_of(settings: Mapping[str, Any]) -> int | None:
+    """The same of the settings in a config.json, with its RoPE scaling.
+
+    A RoPE that stretches with the length counts up to where that begins: beyond, a log-prob would depend on the batch's
+    longest row, and keys that are cached before would not fit those after.
+    """
+    settings = settings.get("text_config") or settings  # of a model that reads pictures too
+    found = settings.get("max_position_embeddings", settings.get("n_positions"))
+    if found is None:
+        return None
+    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    parts = [part for part in (scaling, *scaling.values()) if isinstance(part, dict)]  # one a kind of layer, or one
+    original = scaling.get("original_max_position_embeddings", found)
+    if any(part.get("rope_type", part.get("type")) in STRETCHING for part in parts):
+        return min(int(found), int(settings.get("original_max_position_embeddings", original)))
+    scaled = original * (scaling.get("factor") or 1)
+    return max(int(found), int(scaled))
 
 
 def _gguf_positions(path: Path) -> int | None:

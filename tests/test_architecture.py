@@ -75,6 +75,7 @@ FLOORS: list[tuple[set[str], set[str]]] = [
             "products",
             "gpus",
             "scorer",
+            "trial",
             "selfcheck",
             "harness",
             "answering",

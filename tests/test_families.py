@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -36,6 +37,7 @@ from spin_reg.errors import ConfigError
 from spin_reg.generation import Generation
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.settings import Pretrained
+from spin_reg.stages import converse
 
 VOCABULARY, LONGEST, WINDOW = 40, 40, 6
 ENDS = (39, 3, 17)  # so many that some rows end early and leave the batch
@@ -208,7 +210,9 @@ def test_a_rope_that_stretches_is_exact_up_to_the_positions_that_are_allowed(nam
     config.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     room = sizes.positions(Pretrained(name_or_path=str(tmp_path)))
-    assert room == 24
+    assert room == sizes.positions_of(policy.config.to_dict()) == 24
+    asked = SimpleNamespace(max_new_tokens=40), SimpleNamespace(model=policy)
+    assert converse.room(*asked, "a question", 20) == 4  # type: ignore[arg-type]
 
     def moved(length: int) -> float:
         rows = [[1, 2], [3]], [[4, 5, 6], [7] * (length - 1)]

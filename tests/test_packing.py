@@ -9,13 +9,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_families import FAMILIES, SHAPE, WINDOW
+from test_families import FAMILIES, HEADS, SHAPE, WINDOW
 from torch import Tensor, nn
-from transformers import BloomConfig, CohereConfig, Gemma2Config, MambaConfig, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PhiConfig,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RobertaConfig,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from spin_reg import branches, products, scorer
+from spin_reg import branches, products, sampling, scorer, sizes, trial
 from spin_reg.branches import attend
+from spin_reg.errors import ConfigError
 from spin_reg.fit import _without_dropout
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.packing import Group, cut, lengths, pack, sums
@@ -154,6 +167,22 @@ def test_the_head_is_differentiated_as_torch_would() -> None:
     )
 
 
+def test_a_head_with_a_bias_is_differentiated_under_autocast_when_its_logits_are_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = PhiConfig(**SHAPE)
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[PhiConfig](config).eval()
+    policy, made = Scorer(model), []
+    assert policy.packs and model.get_output_embeddings().bias is not None
+    for kept in (scorer.LOGITS_KEPT, 0):
+        monkeypatch.setattr(scorer, "LOGITS_KEPT", kept)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            total = policy(GROUPS).sum()
+        made.append(torch.autograd.grad(total, model.get_output_embeddings().bias)[0])
+    assert made[0].abs().max() > 0.1 and torch.equal(*made)
+
+
 def test_bfloat16_moves_log_probs_by_rounding_alone() -> None:
     """Weights in bfloat16, and autocast over float32 weights: near the plain path of the same arithmetic."""
     low = build("llama", "sdpa", torch.bfloat16)
@@ -211,6 +240,103 @@ def test_models_that_read_packed_rows_otherwise_are_found_out(
     assert not reads_packed(model)
 
 
+SMALL = {
+    "scaled logits": lambda: CohereConfig(**SHAPE, logit_scale=0.5),
+    "capped logits": lambda: Gemma3TextConfig(**SHAPE, **HEADS, final_logit_softcapping=30.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", SMALL)
+def test_what_is_done_to_small_logits_is_found_out_too(
+    what: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers begins them log-probs spread by 0.1 nats, which is less than bfloat16 may move them."""
+    monkeypatch.setattr(scorer, "_found", {})
+    config = SMALL[what]()
+    config.initializer_range = 0.02
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype).eval()
+    assert plain(model, GROUPS).std() < 0.2
+    assert not reads_packed(model)
+
+
+def test_a_model_that_attends_to_chosen_tokens_is_read_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as short as those tried have fewer tokens than are chosen; and such models ask for attention by its name."""
+    sparse = pytest.importorskip("transformers.models.deepseek_v32")
+    monkeypatch.setattr(scorer, "_found", {})
+    ranks = {"q_lora_rank": 12, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 6}
+    chosen = {"index_topk": 20, "index_head_dim": 16, "index_n_heads": 2, "n_routed_experts": 4, "n_group": 1}
+    experts = {"topk_group": 1, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    shape = SHAPE | {"num_key_value_heads": 4, "pad_token_id": 0, "bos_token_id": 1}
+    torch.manual_seed(0)
+    model = sparse.DeepseekV32ForCausalLM(sparse.DeepseekV32Config(**shape, **ranks, **chosen, **experts)).eval()
+    prompt, answer = list(range(1, 31)), list(range(30, 10, -1))
+    policy = Scorer(model)
+    assert not policy.packs and model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        found = policy([Group(prompt, (answer,))])
+        assert (found - trial.by_itself(model, prompt, answer)).abs().max() < 1e-5
+
+
+def test_the_window_of_a_model_that_reads_pictures_too_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text model's settings are a part of all, as Gemma 3's of 4B weights and more."""
+    monkeypatch.setattr(scorer, "_found", {})
+    text = FAMILIES["gemma3"]().to_dict() | {"sliding_window": 24}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14})
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[Gemma3Config](config).eval()
+    assert scorer.window(model) == 24 and sizes.positions_of(config.to_dict()) == 128
+    prompt, answer = list(range(1, 31)), list(range(30, 10, -1))
+    policy, short = Scorer(model), [Group(prompt[:9], (answer[:8], answer[3:9]))]
+    assert policy.packs
+    with torch.no_grad():
+        for groups in (short, [Group(prompt, (answer,))]):
+            wanted = [trial.by_itself(model, g.prompt, a) for g in groups for a in g.answers]
+            assert (policy(groups) - torch.cat(wanted)).abs().max() < 1e-5
+    points = torch.rand(2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = sampling.sample(model, [prompt, prompt[:3]], points, ends=(39,), temperature=1.0, top_p=1.0)
+    with torch.no_grad():
+        for row, made in zip([prompt, prompt[:3]], drawn, strict=True):
+            assert (torch.tensor(made.logprobs) - trial.by_itself(model, row, made.ids)).abs().max() < 1e-5
+
+
+def test_a_state_space_draws_what_it_scores() -> None:
+    """Rows of it stand alone: a mask of all columns would be laid over the newest token's states."""
+    torch.manual_seed(0)
+    model = MambaForCausalLM(OTHERS["a state space"]()).eval()
+    prompts = [g.prompt for g in GROUPS]
+    points = torch.rand(len(prompts), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = sampling.sample(model, prompts, points, ends=(39,), temperature=1.0, top_p=1.0)
+    assert max(len(made.ids) for made in drawn) > 6
+    with torch.no_grad():
+        for prompt, made in zip(prompts, drawn, strict=True):
+            assert (torch.tensor(made.logprobs) - trial.by_itself(model, prompt, made.ids)).abs().max() < 1e-5
+
+
+PADDED_OTHERWISE = {
+    "a state that reads padding": lambda: RecurrentGemmaConfig(
+        **SHAPE | {"num_hidden_layers": 3}, lru_width=32, attention_window_size=64
+    ),
+    "positions that count from elsewhere": lambda: RobertaConfig(**SHAPE | {"pad_token_id": 0}, is_decoder=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", PADDED_OTHERWISE)
+def test_a_model_that_padding_changes_is_refused(
+    what: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "_found", {})
+    config = PADDED_OTHERWISE[what]()
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(dtype).eval()
+    with pytest.raises(ConfigError, match="beside others as it reads it by itself") as raised:
+        reads_packed(model)
+    assert type(model).__name__ in str(raised.value)
+
+
 def round_by_shape(model: PreTrainedModel) -> None:
     """As on a GPU: what a layer gives for a row hangs in its last bits on how many rows there are."""
 
@@ -225,9 +351,9 @@ def round_by_shape(model: PreTrainedModel) -> None:
 
 def test_rounding_that_hangs_on_companions_is_no_other_way_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a model would be read the slow way on a GPU, and only a line in a log would say so."""
-    for noise, packs in ((0, False), (scorer.NOISE, True)):
+    for noise, packs in ((0, False), (trial.NOISE, True)):
         monkeypatch.setattr(scorer, "_found", {})
-        monkeypatch.setattr(scorer, "NOISE", noise)
+        monkeypatch.setattr(trial, "NOISE", noise)
         model = build("llama", "sdpa")
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(LOUD / 10)

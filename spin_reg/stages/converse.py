@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spin_reg import durable, iterates, ranks, render, sampling, tables
+from spin_reg import durable, iterates, ranks, render, sampling, sizes, tables
 from spin_reg.context import Context
 from spin_reg.errors import DataError
 from spin_reg.models import Loaded
@@ -94,7 +94,7 @@ def prompt(loaded: Loaded, row: Row, said: Sequence[str]) -> list[int]:
 
 def room(spec: ConverseSpec, loaded: Loaded, name: str, length: int) -> int:
     """The longest answer that the model's positions leave behind a prompt."""
-    positions = getattr(loaded.model.config, "max_position_embeddings", None)
+    positions = sizes.positions_of(loaded.model.config.to_dict())
     longest = spec.max_new_tokens if positions is None else min(spec.max_new_tokens, positions - length)
     if longest < 1:
         why = f"its prompt has {length} tokens, and the model {positions} positions"

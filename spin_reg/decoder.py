@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from spin_reg import scorer
 from spin_reg.branches import Newest
 from spin_reg.columns import ROOM, Columns, Coming, Slots, empty
+from spin_reg.errors import ConfigError
 from spin_reg.logprobs import cache_name, takes
 from spin_reg.packing import Group, cut, pack
 
@@ -34,6 +35,9 @@ class Decoder:
     Args:
         longest: tokens that a row may come to have.
 
+    Raises:
+        ConfigError: the model takes no cache, or reads no padded rows (`scorer.reads_packed`).
+
     Attributes:
         beside: whether the states of rows can be laid side by side: those of attention can, recurrent ones not.
     """
@@ -47,6 +51,13 @@ class Decoder:
         self.beside = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers)
         self.packs = packs and short and self.beside
         self.named = cache_name(model)
+        if not takes(model, self.named):
+            raise ConfigError(
+                "Answers of this model cannot be drawn.",
+                where=type(model).__name__,
+                why="it takes no cache from outside: it keeps what it has read in one of its own, or does not keep it",
+                todo="use another model, or another release of transformers, where it may take one",
+            )
         self.last = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
         self.rows: list[int | None] = []  # the prompt that each row answers; None: the row is free
         self.first: list[int] = []  # the column where each row's prompt begins

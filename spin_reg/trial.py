@@ -17,7 +17,10 @@ from spin_reg.packing import TILE, Group
 
 LENGTH = TILE + 1  # of a row: as many tokens as packing pads to, and one that predicts nothing
 NOISE = 4  # packed rows may differ from plain ones by so many times what these differ from themselves
-FAR = 0.01, 0.1  # padded rows may in the mean differ by such a share of the log-probs' spread; the latter in 16 bits
+# Padded rows may in the mean differ by such a share of the log-probs' spread; the latter in 16 or fewer bits, where
+# rounding alone moves those of SmolLM2 on such odd tokens by 0.07 of it. A state that reads padding may move them by
+# less: that is seen in float32 alone.
+FAR = 0.01, 0.25
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def alone(model: PreTrainedModel, name: str) -> Alone:
     found = Alone(rows, read, float(every.std()), next(model.parameters()).dtype != torch.float32)
     padded = token_logprobs(model, collate(rows.prompts, rows.answers).to(model.device))
     gap = float((torch.cat([row[: len(own)] for row, own in zip(padded, read, strict=True)]) - every).abs().mean())
-    if not gap <= FAR[found.coarse] * found.spread:
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    if not gap <= FAR[found.coarse or quantized] * found.spread:
         raise ConfigError(
             "This model does not read a row beside others as it reads it by itself.",
             where=name,

@@ -352,6 +352,18 @@ def test_a_model_that_padding_changes_is_refused(
     assert type(model).__name__ in str(raised.value)
 
 
+@pytest.mark.parametrize(("weight", "packs"), [(math.nan, False), (0.0, True)])
+def test_weights_that_say_nothing_are_no_way_of_reading(
+    weight: float, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A diverged model has an error of its own; and where all log-probs are alike they do not spread at all."""
+    monkeypatch.setattr(scorer, "_found", {})
+    model = build("llama", "sdpa")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(weight)
+    assert reads_packed(model) == packs
+
+
 def round_by_shape(model: PreTrainedModel) -> None:
     """As on a GPU: what a layer gives for a row hangs in its last bits on how many rows there are."""
 

@@ -31,12 +31,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
-from spin_reg import models, render, sampling, selfcheck, sizes
+from spin_reg import answering, models, render, sampling, selfcheck, sizes
 from spin_reg.corpora import Jsonl
-from spin_reg.errors import ConfigError
+from spin_reg.errors import ConfigError, DataError
 from spin_reg.generation import Generation
 from spin_reg.logprobs import collate, token_logprobs
-from spin_reg.settings import Pretrained
+from spin_reg.settings import Dtype, Hardware, Pretrained, Quantize
+from spin_reg.specs import Policy
 from spin_reg.stages import converse
 
 VOCABULARY, LONGEST, WINDOW = 40, 40, 6
@@ -224,6 +225,19 @@ def test_a_rope_that_stretches_is_exact_up_to_the_positions_that_are_allowed(nam
     sizes.check_positions(Pretrained(name_or_path=str(tmp_path)), fits, Generation())
     with pytest.raises(ConfigError, match="may not fit"):
         sizes.check_positions(Pretrained(name_or_path=str(tmp_path)), fits, Generation(max_new_tokens=13))
+
+
+def test_a_prompt_is_not_asked_beyond_where_a_rope_stretches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`max_position_embeddings` says 128, but what is drawn past 24 would hang on what is drawn beside it."""
+    tok = tokenizer(CHATML, None, "<|endoftext|>")
+    config = STRETCHED["longrope"]()
+    config.vocab_size = len(tok)
+    loaded = models.Loaded(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval(), tok, (39,))
+    monkeypatch.setattr(answering.iterates, "load", lambda folder, policy: loaded)
+    drawing = answering.Drawing(0, 1.0, 1.0, 24, 1, False)
+    policy = Policy(Dtype.float32, None, None, Quantize.none, False)
+    with pytest.raises(DataError, match="the model reads 24"):
+        answering.ask(tmp_path, policy, Hardware(), [chat("a")], drawing)
 
 
 def saved(name: str, template: str | None, folder: Path) -> Path:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -60,8 +61,9 @@ def _first(*values: Any) -> Any:
     return next((v for v in values if v is not None), None)
 
 
+@cache
 def register() -> None:
-    """Store the schemas (in groups of their own, so that they are no choices) and the resolver `first`."""
+    """Store the schemas, in groups of their own, so that they are no choices, and the resolver `first`; done once."""
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config)
     for group, options in GROUPS.items():

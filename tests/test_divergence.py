@@ -29,7 +29,7 @@ def two(vocab: int = 12) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 @torch.no_grad()
 def test_it_is_the_sum_over_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy, other = (model.double() for model in two())  # their own rounding differs between a row alone and beside others
+    policy, other = (model.double() for model in two())  # in float32 a model rounds a row otherwise beside others
     prompts, answers = [[1, 2, 3], [4], [2, 2]], [[1, 2, 3, END], [7], [8, 9, 1]]
     found = token_divergences(policy, other, collate(prompts, answers))
     monkeypatch.setattr(logprobs, "POSITIONS", 2)

@@ -123,11 +123,6 @@ def count(number: float) -> str:
     return f"{number:.3g}T"
 
 
-def room() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def pieces(stages: Sequence[Stage], have: Amounts) -> list[Piece]:
     """The stages of a plan with their tokens; how many a benchmark reads is not known here."""
     return [

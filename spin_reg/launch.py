@@ -21,6 +21,7 @@ from spin_reg import (
     exact,
     harness,
     judges,
+    machine,
     origins,
     outlook,
     processes,
@@ -285,7 +286,7 @@ def _write_provenance(planned: Planned, command: Sequence[str], overrides: Seque
         "settings": config.identity_settings(settings),
         "sources": origins.record(settings, found, before.get("sources", {})),
         "versions": versions.began(before.get("versions", {}), [] if data_alone else _also(planned)),
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "machine": {"platform": platform.platform(), "cpus": machine.cores()},
         "threads": processes.threads(settings.hardware),
         "processes": processes.count(settings.hardware),
     } | ({survey.PREPARED: True} if data_alone else {})

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
-from spin_reg import amounts, estimate, judges, known, pace, remedies, results, runner, space, stored
+from spin_reg import amounts, estimate, judges, known, machine, pace, remedies, results, runner, space, stored
 from spin_reg.amounts import Amounts
 from spin_reg.config import Config
 from spin_reg.plan import Sources, Stage
@@ -104,7 +104,7 @@ def of_stage(planned: Planned, stage: Stage, state: State) -> dict[str, int | No
 def estimates(planned: Planned) -> tuple[estimate.Work, estimate.Memory, str | None, judges.Cost]:
     """Of the stages still to be made: tokens, memory, what makes that fit where it does not, what a judge is asked."""
     todo, have, model = planned.todo, planned.have, planned.config.model
-    memory, room = estimate.memory(todo, model, have.rows), estimate.room()
+    memory, room = estimate.memory(todo, model, have.rows), machine.memory()
     helps = remedies.helps(todo, model, room, have.rows) if memory.most > room else None
     return estimate.work(todo, have), memory, helps, judges.expected(todo, planned.sources.mt_bench, planned.root)
 

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from spin_reg import asking, estimate, outlook, processes, space
+from spin_reg import asking, estimate, machine, outlook, processes, space
 from spin_reg.fingerprint import plain
 from spin_reg.outlook import Planned
 from spin_reg.plan import Stage
@@ -35,7 +35,7 @@ def show(planned: Planned) -> None:
     if how := processes.words(planned.config.hardware):
         print(f"  processes: {how}")
     gpu = "; the memory of the GPU here was not looked at" if memory.by_kind and GPUS.is_dir() else ""
-    print(f"  memory: {memory.words(estimate.room(), helps)}{gpu}")
+    print(f"  memory: {memory.words(machine.memory(), helps)}{gpu}")
     print(f"  time: {outlook.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")
 
@@ -51,7 +51,7 @@ def show_json(planned: Planned) -> None:
     found |= {"stopped": None if planned.stop is None else planned.stop.words(), "judge": asked}
     found |= {
         "memory": dict(memory.by_kind),
-        "room": estimate.room(),
+        "room": machine.memory(),
         "memory_help": helps,
         "time": outlook.time_left(planned),
     }

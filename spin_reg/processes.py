@@ -18,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from spin_reg import child, errors, jobs, launched, runner, sizes, stopping, usage, wire
+from spin_reg import child, errors, jobs, launched, machine, runner, sizes, stopping, usage, wire
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.generation import Backend
@@ -105,8 +105,8 @@ def here(hardware: Hardware) -> int:
 
 
 def threads(hardware: Hardware) -> int:
-    """Threads of one process: what was asked for, or its share of the cores."""
-    return hardware.threads or max(1, (os.cpu_count() or 1) // here(hardware))
+    """Threads of one process: what was asked for, else what OMP_NUM_THREADS says, else its share of the cores."""
+    return hardware.threads or machine.threads() or max(1, machine.cores() // here(hardware))
 
 
 def words(hardware: Hardware) -> str:

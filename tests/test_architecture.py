@@ -38,6 +38,7 @@ GROUND = {
     "grammar",
     "verbs",
     "manual",
+    "machine",
 }
 FLOORS: list[tuple[set[str], set[str]]] = [
     (GROUND, set()),

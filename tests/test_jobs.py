@@ -1,7 +1,6 @@
 """A stage goes into a file and comes back as exactly what it was, and so does an error. No torch."""
 
 import json
-import os
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -110,13 +109,6 @@ def test_errors_of_every_kind_come_back_as_they_were() -> None:
         error = kind("a", where="b", why="c", todo="d")
         found = errors.heard(errors.told(error))
         assert type(found) is kind and str(found) == str(error)
-
-
-def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    for count, each in [(1, 8), (2, 4), (3, 2), (16, 1)]:
-        assert processes.threads(Hardware(processes=count)) == each
-    assert processes.threads(Hardware(processes=4, threads=5)) == 5
 
 
 def test_settings_that_speak_of_other_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,7 @@ def test_equal_runs_make_equal_adapters(base: Path, made: Path, command: Command
     assert (same / "adapter_model.safetensors").read_bytes() != (other / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_between_two_steps_the_adapter_comes_out_the_same(
     base: Path, made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +188,7 @@ def test_the_estimate_counts_the_adapter(base: Path, made: Path) -> None:
     assert sizes.parameters(spec) == sum(w.numel() for w in load_file(base / "model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_sft_can_make_the_first_adapter(base: Path, command: Command, tmp_path: Path) -> None:
     more = ["model.sft.epochs=1", "model.sft.learning_rate=1e-2", "schedule.iterations=1"]
     result = command("train", *words(base, tmp_path, *more))

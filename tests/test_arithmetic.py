@@ -89,6 +89,7 @@ def test_fresh_makes_n_answers_and_n_times_t_plus_2_log_probs() -> None:
         assert counts.free + counts.scorings == N * (t + 2)
 
 
+@pytest.mark.slow
 def test_reuse_makes_n_over_t_plus_1_answers_and_3n_less_that_log_probs() -> None:
     """The movers are a binomial draw, N of 1/(t + 1): within four standard deviations. Given them the rest is exact:
     the newest iterate scores N real answers and the N - movers that stay, the t older ones score the movers', and the
@@ -103,6 +104,7 @@ def test_reuse_makes_n_over_t_plus_1_answers_and_3n_less_that_log_probs() -> Non
         assert abs(counts.free + counts.scorings - (3 * N - N * share)) <= t * slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pairs", ["fresh", "reuse"])
 def test_away_from_the_iterates_own_law_no_log_prob_comes_with_an_answer(pairs: str) -> None:
     """At another temperature or top_p, and in bf16, every log-prob is a forward scoring; their number is the same."""
@@ -155,6 +157,7 @@ def test_a_sweep_of_five_alphas_is_at_most_60_percent_of_five_runs() -> None:
     assert sweep(rows) <= 0.6 and sweep(rows, "evaluation=none") <= 0.6
 
 
+@pytest.mark.slow
 def test_without_an_sft_stage_a_sweep_shares_less() -> None:
     """From iteration 1 on the five train apart, so no plan can train on less than 11 of 15 iterations; answers and
     scores are shared more than that. It takes a stage that all have in common, as SFT is, to come below 60 %.
@@ -182,7 +185,8 @@ def check_tables(run: outlook.Planned) -> int:
     return len(looked_at)
 
 
-@pytest.mark.parametrize("pairs", [pytest.param("fresh", marks=pytest.mark.slow), "reuse"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", ["fresh", "reuse"])
 def test_a_run_makes_just_the_rows_of_its_plan(pairs: str, train: Train) -> None:
     words = ["regularizer=fictitious_play", f"regularizer.pairs={pairs}", "schedule.iterations=4"]
     root = train(*words)
@@ -208,6 +212,7 @@ def test_a_sweep_makes_each_stage_of_its_plans_once(command: Command, tmp_path: 
     assert len(made) == len(set(made)) and set(made) == {s.fingerprint for run in runs for s in run.stages}
 
 
+@pytest.mark.slow
 def test_no_stage_that_is_made_loads_a_model_again(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two iterations more: the iterates before the newest answered and scored all that is asked of them."""
     words = ("regularizer=none", "evaluation=none")

@@ -344,6 +344,7 @@ def test_adapters_and_bases_are_judged_where_they_lie(tmp_path: Path) -> None:
         assert iterates.for_others(folder, trusted=False, tokenizer=None) == expected | {"peft": str(folder)}
 
 
+@pytest.mark.slow
 def test_benchmarks_are_added_to_a_finished_run(
     train: Callable[..., Path], command: Command, installed: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

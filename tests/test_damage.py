@@ -86,6 +86,7 @@ def test_a_run_that_is_cut_as_it_begins_is_taken_up(k: int, command: Command, tm
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["optimizer.safetensors"])  # the other two in test_fit.py
 def test_damaged_training_state_is_passed_over(
     file: str, made: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -158,6 +159,7 @@ def test_a_call_that_goes_on_with_shards_of_another_size_takes_no_row_twice(tmp_
     assert told == [4, 8, 3, 6, 9, 10]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_keeps_the_state_before_it(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +214,9 @@ def test_weights_that_are_not_finite_give_no_answers_and_no_scores(
 REFERENCES = {"none": [], "base": [], "kl": ["alpha=0.5"], "fictitious_play": []}
 
 
-@pytest.mark.parametrize("regularizer", REFERENCES)
+@pytest.mark.parametrize(
+    "regularizer", [pytest.param(name, marks=[] if name == "kl" else pytest.mark.slow) for name in REFERENCES]
+)
 def test_every_iteration_begins_with_the_self_check(regularizer: str, train: Train) -> None:
     root = train(f"regularizer={regularizer}", *REFERENCES[regularizer])
     for k in (1, 2):
@@ -312,6 +316,7 @@ def test_an_interrupted_stage_can_write_its_files_again(
     assert len(files) > 3 and all(path.stat().st_mode & 0o200 for path in files)
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_nothing(made: Path, command: Command, tmp_path: Path) -> None:
     shutil.copytree(made, tmp_path / "run")
     (tmp_path / "run/run.log").unlink()
@@ -338,6 +343,7 @@ def test_what_goes_while_it_is_taken_over_is_made_instead(
     assert weights(tmp_path / "outputs/other", 2) == weights(made, 2)
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_of_the_index_is_passed_over(made: Path, command: Command, tmp_path: Path) -> None:
     shutil.copytree(made.parent, tmp_path / "outputs")
     for path in (tmp_path / "outputs/.stages").iterdir():

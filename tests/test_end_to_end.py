@@ -67,6 +67,7 @@ def test_gradient_checkpointing_changes_no_number(train: Train, tmp_path: Path) 
     assert weights(plain, 2) == weights(checkpointed, 2)
 
 
+@pytest.mark.slow
 def test_per_iteration_lists_reach_the_iteration(train: Train) -> None:
     root = train("schedule.learning_rate=[1e-2,1e-3]", "schedule.epochs=[1,2]", "schedule.lr_scheduler=constant")
     rows = [row for row in read_jsonl(root / "metrics.jsonl") if "train/loss" in row]
@@ -74,6 +75,7 @@ def test_per_iteration_lists_reach_the_iteration(train: Train) -> None:
     assert rows[2]["train/learning_rate"] == 1e-2 and rows[8]["train/learning_rate"] == 1e-3
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_iteration_0_and_equals_two_runs(command: Command, train: Train, tmp_path: Path) -> None:
     place = tmp_path / "sweep"
     result = command("train", "-m", *SMALL, "alpha=0,0.5", f"outputs={place}")

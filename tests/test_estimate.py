@@ -135,6 +135,7 @@ def memory(base: Path, *words: str) -> int:
     return estimate.memory(stages, settings.model).by_kind["train"].total
 
 
+@pytest.mark.slow
 def test_adapters_and_small_batches_take_less_memory(base: Path) -> None:
     many = "hardware.batch_tokens=8192"
     less = ("hardware.micro_batch_size=1", "hardware.gradient_checkpointing=true", "model.lora.rank=1")
@@ -171,6 +172,7 @@ def test_the_setting_that_is_named_makes_the_estimate_fit(name: str, base: Path)
     assert "will not fit" in text and said in text and "will not fit" not in before.words(before.most)
 
 
+@pytest.mark.slow
 def test_autocast_holds_cast_weights_and_sharding_a_share_of_what_is_trained(base: Path) -> None:
     train, count = partial(held, base, "train"), sizes.parameters(Pretrained(name_or_path=str(base)))
     assert (train().parameters, train("hardware.precision=bf16").parameters) == (4 * count, 6 * count)
@@ -215,6 +217,7 @@ def held(base: Path, kind: str, *words: str, rows: dict[Split, int] | None = Non
     return estimate.memory(stages, settings.model, rows).by_kind[kind]
 
 
+@pytest.mark.slow
 def test_no_row_is_counted_that_is_not_there(base: Path) -> None:
     """Of a batch of 32 answers as many as there are prompts; of a micro-batch as many pairs as a step has."""
     few = {Split.train: 8, Split.heldout: 4}
@@ -349,6 +352,7 @@ def test_published_answers_are_whole_whatever_the_limit_of_drawn_ones() -> None:
     assert found.trained == 100 * (7 + 5 + 5) + 2 * 100 * (7 + 5 + 2)
 
 
+@pytest.mark.slow
 def test_a_plan_says_at_most_and_about_once_the_data_are_prepared(command: Command, tmp_path: Path) -> None:
     """Of each stage and of all; every number of the first plan bounds that of the second."""
     words = ["schedule.iterations=1", "dataset.num_prompts=8", "dataset.num_heldout=8", f"outputs={tmp_path}"]

@@ -175,6 +175,7 @@ def real_ids(examples: dict[str, dict[str, Any]]) -> list[list[int]]:
     return [row["real_ids"] for row in examples.values()]
 
 
+@pytest.mark.slow
 def test_cross_play_is_the_accuracy_where_it_was_played_and_whole_on_request(spin: Path, command: Command) -> None:
     known = results.crossplay(spin, 3)
     assert set(known) == {(1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (3, 3)}

@@ -88,6 +88,7 @@ def test_training_asks_for_them_and_says_what_has_none(
     assert asked[1:] and not any(asked[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", [True, False])
 def test_all_that_trains_is_told(
     wanted: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,7 @@ def test_the_log_is_told_from_time_to_time(caplog: pytest.LogCaptureFixture) -> 
     assert found == Timed(9 * EVERY / 2, pytest.approx(1 / 9))
 
 
+@pytest.mark.slow
 def test_plan_says_how_long_it_may_take(command: Command, tmp_path) -> None:  # type: ignore[no-untyped-def]
     words = [*SMALL, f"outputs={tmp_path}", "run_name=run", "regularizer=none"]
     assert "time: not known" in command("plan", *words).out

@@ -425,6 +425,7 @@ def test_other_evaluation_settings_make_the_evaluation_anew_and_nothing_else(tmp
     assert len(seen) == 3
 
 
+@pytest.mark.slow
 def test_batch_sizes_are_part_of_a_stage_in_bf16_and_only_there() -> None:
     def prints(*words: str) -> dict[str, str]:
         return {s.name: s.fingerprint for s in stages(*words)}

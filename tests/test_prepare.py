@@ -68,6 +68,7 @@ def test_where_the_data_are_nothing_is_made(command: Command, tmp_path: Path, mo
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_only_prepared_is_told_as_that(command: Command, tmp_path: Path) -> None:
     mine, root = words(tmp_path, *SFT), tmp_path / "run"
     assert command("plan", "--prepare", *mine).code == 0
@@ -105,6 +106,7 @@ def test_a_run_that_was_prepared_first_is_the_one_that_was_not(command: Command,
     assert records[0].keys() == records[1].keys() and records[0]["settings"] == records[1]["settings"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_only_prepared_may_have_fewer_iterations(command: Command, tmp_path: Path) -> None:
     """What was played stays part of a run; nothing was."""
     many, few = (words(tmp_path, *SFT[:2], f"schedule.iterations={n}") for n in (5, 1))
@@ -118,6 +120,7 @@ def test_a_run_that_was_only_prepared_may_have_fewer_iterations(command: Command
     assert json.loads((tmp_path / "run/run.json").read_text())["iterations"] == 1
 
 
+@pytest.mark.slow
 def test_the_data_of_a_run_that_was_played_are_left_to_it(command: Command, tmp_path: Path) -> None:
     """What is on its record may hang on settings that are no part of what it is."""
     mine, root = words(tmp_path, *SFT), tmp_path / "run"
@@ -162,6 +165,7 @@ def test_data_that_are_no_good_leave_nothing(command: Command, tmp_path: Path) -
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_an_owner_a_full_disk_and_other_settings_are_told_as_by_train(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +209,7 @@ def test_it_is_stopped_as_train_is(
     assert status(command, tmp_path / "run")["state"] == "prepared"
 
 
+@pytest.mark.slow
 def test_the_points_of_a_sweep_make_their_data_once(command: Command, tmp_path: Path) -> None:
     result = command("plan", "-m", "--prepare", *SMALL, f"outputs={tmp_path}", "alpha=0,0.5", "evaluation=none")
     assert result.code == 0, result.err

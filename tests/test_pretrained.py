@@ -65,6 +65,7 @@ def test_a_scored_model_gives_one_answer_whatever_its_dropout(base: Path) -> Non
     iterates.forget()
 
 
+@pytest.mark.slow
 def test_an_sft_stage_can_come_first(base: Path, command: Command, tmp_path: Path) -> None:
     more = ["model.sft.epochs=1", "model.sft.learning_rate=1e-3", "schedule.iterations=1"]
     result = command("train", *words(base, tmp_path), *more)
@@ -74,6 +75,7 @@ def test_an_sft_stage_can_come_first(base: Path, command: Command, tmp_path: Pat
     assert any("sft/loss" in row for row in read_jsonl(root / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_base_that_changed_is_refused(base: Path, command: Command, tmp_path: Path) -> None:
     copy = tmp_path / "base"
     shutil.copytree(base, copy)
@@ -123,6 +125,7 @@ def test_a_model_that_is_nowhere_exits_2(command: Command, tmp_path: Path, monke
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_checkpointing_brings_no_dropout_back(command: Command, tmp_path: Path) -> None:
     """OPT's layers drop out by a rate of their own whenever they believe they train."""
     folder = tmp_path / "opt"

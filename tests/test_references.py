@@ -50,7 +50,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("outputs")
 
 
-QUICK = ("none", "kl", "fictitious", "mixture-as-released", "fictitious-reuse")  # the rest is slow
+QUICK = ("kl", "fictitious")  # the rest is slow
 
 
 @pytest.mark.parametrize("arm", [pytest.param(arm, marks=[] if arm in QUICK else pytest.mark.slow) for arm in ARMS])

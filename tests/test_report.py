@@ -404,6 +404,7 @@ def test_train_ends_with_a_page_and_its_failure_is_told_and_is_not_the_runs(
     assert (tmp_path / "r/report.html").read_text() == "mine"  # a finished run is left as it is
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_a_page_about_all_its_runs(tmp_path: Path, command: Command) -> None:
     words = ["train", "-m", *SMALL, "schedule.iterations=1", f"outputs={tmp_path}", "regularizer=none,kl"]
     result = command(*words)

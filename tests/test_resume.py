@@ -31,6 +31,7 @@ def test_the_same_command_again_answers_at_once_without_torch(train: Train) -> N
     assert "finished" in done.stderr and str(root) in done.stderr.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_only_just_begun_is_taken_up(train: Train, tmp_path: Path) -> None:
     (tmp_path / "outputs/run").mkdir(parents=True)
     (tmp_path / "outputs/run/.lock").touch()
@@ -139,6 +140,7 @@ def test_an_interrupt_exits_75_and_says_how_to_go_on(
     assert result.code == 75 and "same command again" in result.err
 
 
+@pytest.mark.slow
 def test_evaluation_is_added_to_a_finished_run(train: Train, command: Command, tmp_path: Path) -> None:
     straight = train("regularizer=mixture_of_two", outputs=tmp_path / "a")
     root = train("regularizer=mixture_of_two", "evaluation=none", outputs=tmp_path / "b")
@@ -233,6 +235,7 @@ def test_a_run_is_resumed_from_anywhere(command: Command, tmp_path: Path, monkey
     assert (tmp_path / "a/outputs/run/iterate-02/model").is_dir()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_while_weights_are_saved_exits_6(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +253,7 @@ def test_a_disk_that_is_full_while_weights_are_saved_exits_6(
     assert command("train", *SMALL, f"outputs={tmp_path}", "run_name=run").code == 0
 
 
+@pytest.mark.slow
 def test_other_package_versions_are_told_when_a_run_goes_on(train: Train, command: Command) -> None:
     from spin_reg import durable
 
@@ -261,6 +265,7 @@ def test_other_package_versions_are_told_when_a_run_goes_on(train: Train, comman
     assert result.code == 0 and "versions differ from those this run began with: transformers 4.0 ->" in result.err
 
 
+@pytest.mark.slow
 def test_the_version_of_what_trains_is_recorded_where_it_does(
     train: Train, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +297,7 @@ def test_the_version_of_what_trains_is_recorded_where_it_does(
     assert "versions differ from those this run began with: deepspeed 0.19.8 -> 0.19.9" in result.err
 
 
+@pytest.mark.slow
 def test_a_record_says_what_was_typed_and_where_its_settings_are_read(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def test_two_iterates_stand_side_by_side(run: Path, command: Command) -> None:
     assert "iterate 0" in shown.out and "iterate 2" in shown.out and "\x1b" not in shown.out
 
 
+@pytest.mark.slow
 def test_prompts_come_from_a_file_or_are_piped_in(
     run: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

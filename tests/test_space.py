@@ -36,9 +36,8 @@ def test_weights_are_counted_without_loading_them(shape: tuple[int, int, int], t
     assert sizes.parameters(spec) == sizes.parameters(Pretrained(name_or_path=str(tmp_path))) == count
 
 
-@pytest.mark.parametrize(
-    "words", [["regularizer=fictitious_play"], pytest.param(["keep_iterates=last"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["regularizer=fictitious_play"], ["keep_iterates=last"]])
 def test_the_estimate_holds_and_is_not_far_off(
     words: list[str], command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +145,7 @@ def test_gc_shows_before_it_removes(train: Train, command: Command, tmp_path: Pa
     assert "finished" in command("resume", str(root)).err
 
 
+@pytest.mark.slow
 def test_evaluate_and_a_folder_of_ones_own_cost_no_weights(train: Train, command: Command) -> None:
     """What `evaluate` plans is not the whole run; what lies in a finished stage's folder is not ours to judge."""
     words = ["regularizer=mixture_of_two", "keep_iterates=needed", "evaluation=none", "schedule.iterations=2"]
@@ -158,6 +158,7 @@ def test_evaluate_and_a_folder_of_ones_own_cost_no_weights(train: Train, command
     assert set(before) <= set(kept(root)) and (root / "iterate-02/model/backup.tmp").is_dir()
 
 
+@pytest.mark.slow
 def test_gc_leaves_a_run_at_work_and_a_damaged_one_alone(train: Train, command: Command) -> None:
     root, bad = train("schedule.iterations=1"), train("schedule.iterations=1", name="bad")
     (bad / "run.json").write_text("{}")

@@ -58,7 +58,7 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
-        pytest.param(kind, SIGNALS[i % 3], marks=[] if kind in ("generate", "score", "train") else pytest.mark.slow)
+        pytest.param(kind, SIGNALS[i % 3], marks=[] if kind == "train" else pytest.mark.slow)
         for i, kind in enumerate(KINDS)
     ],
     ids=lambda value: getattr(value, "name", value),

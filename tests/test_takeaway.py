@@ -52,6 +52,7 @@ def test_the_likeliest_answer_is_that_of_a_plain_loop(run: Path, command: Comman
         assert (said["iterate"], said["ids"]) == (2, drawn)
 
 
+@pytest.mark.slow
 def test_draws_hang_on_seed_and_prompt_alone(run: Path, command: Command) -> None:
     def answers(*words: str) -> list[str]:
         result = command("sample", str(run), "--json", *words)

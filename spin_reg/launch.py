@@ -45,7 +45,7 @@ from spin_reg.outlook import Planned
 from spin_reg.plan import plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, Status
-from spin_reg.settings import KeepIterates, Tracker
+from spin_reg.settings import Dtype, KeepIterates, Precision, Tracker
 from spin_reg.specs import BenchmarkSpec, PrepareSpec, SftSpec, Split, TrainSpec
 
 QUIET = {
@@ -154,6 +154,7 @@ def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None,
     settings, root = planned.config, planned.root
     with runlog.kept(root / "run.log"):
         _warn_of_versions(root, [] if data_alone else _also(planned))
+        _warn_of_precision(settings)
         if not planned.config_whole:
             log.warning("%s is damaged or missing: it was written again", root / CONFIG)
         keep = settings.keep_iterates
@@ -307,6 +308,16 @@ def _also(planned: Planned) -> list[str]:
     trains = any(isinstance(stage.spec, SftSpec | TrainSpec) for stage in planned.todo)
     own = [package for _, package, _ in config.extras(planned.config.model)] if loads else []
     return own + (processes.packages(planned.config.hardware) if trains else [])
+
+
+def _warn_of_precision(settings: Config) -> None:
+    """On a CPU that has to put bfloat16 together of other instructions it takes longer than float32."""
+    from torch import cuda
+
+    low = {"hardware.precision": settings.hardware.precision, "model.dtype": settings.model.dtype}
+    for name, value in low.items():
+        if value in (Precision.bf16, Dtype.bfloat16) and not cuda.is_available() and machine.bfloat16() is False:
+            log.warning("%s=%s: this CPU has no instructions for bfloat16, float32 takes less time", name, value)
 
 
 def _warn_of_versions(root: Path, also: Sequence[str]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 OWN = Path("/proc/self/cgroup")  # the control groups of this process: see cgroups(7)
 GROUPS = Path("/sys/fs/cgroup")
+CPU = Path("/proc/cpuinfo")
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # instructions that multiply it: of x86 CPUs, and of ARM's
 
 
 def cores() -> int:
@@ -30,6 +32,13 @@ def memory() -> int:
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [*_said("memory", "memory.max"), *_said("memory", "memory.limit_in_bytes")]
     return min([installed, *(int(limit) for (limit,) in limits if limit.isdigit())])
+
+
+def bfloat16() -> bool | None:
+    """Whether the CPU has instructions that multiply bfloat16; None: it does not say."""
+    lines = CPU.read_text(encoding="utf-8", errors="replace").splitlines() if CPU.is_file() else []
+    told = [line.partition(":")[2].split() for line in lines if line.lower().startswith(("flags", "features"))]
+    return bool(BFLOAT16.intersection(told[0])) if told else None
 
 
 def _said(controller: str, *names: str) -> Iterator[list[str]]:

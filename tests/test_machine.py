@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SMALL, Command
 
 from spin_reg import machine, processes
@@ -20,7 +21,8 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine of eight cores and 24 GiB without control groups; `group` makes some."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * GIB // 4096}.__getitem__)
+    sysconf, pages = os.sysconf, 24 * GIB // os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "sysconf", lambda name: pages if name == "SC_PHYS_PAGES" else sysconf(name))
     monkeypatch.setattr(machine, "OWN", tmp_path / "own")
     monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
 
@@ -90,3 +92,34 @@ def test_a_process_that_is_bound_to_one_core_takes_one_thread(monkeypatch: pytes
         assert machine.cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\n\nprocessor\t: 1\nflags\t\t: fpu\n", True),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd svebf16 bf16\n", True),
+        ("flags\t\t: fpu avx512f avx512vl\n", False),
+        ("model name\t: a CPU that says nothing\n", None),
+        (None, None),
+    ],
+)
+def test_whether_a_cpu_multiplies_bfloat16(
+    cpuinfo: str | None, found: bool | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "CPU", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        machine.CPU.write_text(cpuinfo)
+    assert machine.bfloat16() is found
+
+
+@pytest.mark.parametrize("word", ["hardware.precision=bf16", "model.dtype=bfloat16"])
+@pytest.mark.parametrize("able", [True, False, None])
+def test_a_run_tells_that_bfloat16_is_slow_here(
+    word: str, able: bool | None, monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "bfloat16", lambda: able)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    told = command("plan", "--prepare", *SMALL, f"outputs={tmp_path / 'outputs'}", word).err
+    assert (f"{word}: this CPU has no instructions for bfloat16" in told) == (able is False)

@@ -163,12 +163,14 @@ def faults(points: int, seed: int, scratch: Path) -> str:
 
 
 def parallel(work: Callable[[tuple[int, str]], str], points: Sequence[tuple[int, str]]) -> Iterator[str]:
-    """Map over forked workers, one a core."""
+    """Map over forked workers, one a core that is ours."""
     import multiprocessing
+
+    from spin_reg import machine
 
     global _work
     _work = work
-    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=None) as pool:
+    with multiprocessing.get_context("fork").Pool(machine.cores(), maxtasksperchild=None) as pool:
         for i, result in enumerate(pool.imap_unordered(_call, points), start=1):
             if i % 100 == 0:
                 print(f"  {i} of {len(points)}", flush=True)

@@ -87,11 +87,11 @@ def _write(
 
 
 def refuse_nonfinite(model: nn.Module, where: str) -> None:
-    """Raise NonFiniteError if a weight is NaN or infinite."""
+    """Raise NonFiniteError if a weight that trains is NaN or infinite."""
 
     def check() -> None:
         for name, p in model.named_parameters():
-            if not torch.isfinite(sharing.own(p)).all():
+            if p.requires_grad and not _finite(sharing.own(p)):
                 raise NonFiniteError(
                     "A weight is not a finite number.",
                     where=f"{where}, parameter {name}",
@@ -103,6 +103,11 @@ def refuse_nonfinite(model: nn.Module, where: str) -> None:
         sharing.agreed(check)
     else:
         check()  # all ranks have the same weights
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all are finite: then the least and the greatest are (NaN is either). `isfinite` of each takes tenfold."""
+    return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
 
 
 def read(folder: Path, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """Where models and data come from: local folders and files, or the Hub; resolved and hashed without torch."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from spin_reg import hub, templates
+from spin_reg import hub, machine, templates
 from spin_reg.corpora import Dataset, Hub, Jsonl, Mixture, parts
 from spin_reg.errors import ConfigError, DamagedError, DataError
 from spin_reg.fingerprint import digest, file_sha256
@@ -18,6 +19,7 @@ TOKENIZER_FILES = (
     *("*.model", "tekken.json"),
     *("generation_config.json", "config.json"),  # which tokens end an answer
 )
+_checked: set[tuple[Any, ...]] = set()  # what `checked_folder` found whole: a hash, and how its files looked before
 
 
 def model_folder(model: Pretrained, *, weights: bool = True) -> Path:
@@ -147,7 +149,15 @@ def model_files(model: Pretrained) -> tuple[str, ...]:
 
 def files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
     """One SHA-256 over the names and contents of the files of a folder that match."""
-    return _together({path.relative_to(folder): file_sha256(path) for path in _matching(folder, patterns)})
+    return _together(_files_sha256(folder, sorted(_matching(folder, patterns))))
+
+
+def _files_sha256(folder: Path, paths: list[Path]) -> dict[Path, str]:
+    """SHA-256 by path in the folder; a core each, since large models lie in many files."""
+    with ThreadPoolExecutor(machine.cores()) as pool:
+        return {
+            path.relative_to(folder): sha256 for path, sha256 in zip(paths, pool.map(file_sha256, paths), strict=True)
+        }
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> set[Path]:
@@ -167,11 +177,13 @@ def _model_files_sha256(model: Pretrained, patterns: tuple[str, ...]) -> str:
     here = {path.relative_to(folder): path for path in _matching(folder, patterns)}
     if there is None or not {Path(n) for n in wanted} <= {*known, *here}:  # it cannot be asked, or has weights in git
         return files_sha256(model_folder(model), patterns)
-    return _together({name: file_sha256(path) for name, path in here.items() if name not in known} | known)
+    return _together(_files_sha256(folder, [path for name, path in here.items() if name not in known]) | known)
 
 
 def checked_folder(model: Pretrained, expected: str | None, says: str) -> Path:
     """The whole folder of a model whose files must still hash to what they did.
+
+    They are read once a process, and again where a size or a time of theirs has changed.
 
     Args:
         says: where `expected` stands.
@@ -180,6 +192,9 @@ def checked_folder(model: Pretrained, expected: str | None, says: str) -> Path:
         DamagedError: they do not.
     """
     folder = model_folder(model)
+    seen = (expected, *(_looks(path) for path in sorted(_matching(folder, model_files(model)))))
+    if seen in _checked:
+        return folder
     found = files_sha256(folder, model_files(model))
     if found != expected:
         raise DamagedError(
@@ -188,7 +203,14 @@ def checked_folder(model: Pretrained, expected: str | None, says: str) -> Path:
             why=f"its files hash to {found[:12]}, but {says} says {str(expected)[:12]}",
             todo="put the old files back, or begin a run of its own with the new ones",
         )
+    _checked.add(seen)
     return folder
+
+
+def _looks(path: Path) -> tuple[Any, ...]:
+    """What any change of a file changes too: the time of that (`ctime`) cannot be set."""
+    found = path.stat()
+    return (path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def model_sha256(model: Model) -> str | None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_sch
 
 from spin_reg import checkpoint, fit, iterates, packing, scorer
 from spin_reg.context import Context
-from spin_reg.errors import NoSpace
+from spin_reg.errors import NonFiniteError, NoSpace
 from spin_reg.settings import Hardware, LrScheduler, Optimizer
 
 
@@ -105,6 +105,23 @@ def test_half_a_checkpoint_does_not_stay(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "checkpoint-000000007.tmp").mkdir()
     assert checkpoint.read(tmp_path, m, optimizer) == [] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_finite_number_is_found_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(37, 29).to(dtype)
+    checkpoint.refuse_nonfinite(layer, "here")
+    for i in range(layer.weight.numel()):
+        before = layer.weight.detach().clone()
+        layer.weight.data.view(-1)[i] = value
+        with pytest.raises(NonFiniteError, match="parameter weight"):
+            checkpoint.refuse_nonfinite(layer, "here")
+        layer.weight.data = before
+    layer.weight.data[:] = torch.finfo(dtype).max  # whose sum is not finite
+    checkpoint.refuse_nonfinite(layer, "here")
+    checkpoint.refuse_nonfinite(torch.nn.ParameterList([torch.empty(0)]), "here")  # as a rank that has no part of it
 
 
 def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:

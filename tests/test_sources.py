@@ -1,15 +1,16 @@
 """What a model folder and a data path say before anything is loaded; no torch."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Command
 
-from spin_reg import sizes
+from spin_reg import sizes, sources
 from spin_reg.corpora import Jsonl
-from spin_reg.errors import ConfigError
+from spin_reg.errors import ConfigError, DamagedError
 from spin_reg.settings import Pretrained, Tiny
 
 GPT2 = {"model_type": "gpt2", "n_positions": 1024, "n_ctx": 1024, "n_embd": 768}
@@ -101,3 +102,22 @@ def test_limits_that_just_fit_pass_and_the_tiny_model_has_its_own(tmp_path: Path
     sizes.check_positions(Tiny(), fits, Generation(max_new_tokens=3584))
     with pytest.raises(ConfigError, match="may not fit"):
         sizes.check_positions(Tiny(), fits, Generation(max_new_tokens=3585))
+
+
+def test_a_base_is_read_once_a_process_and_again_where_it_may_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, weights = model(tmp_path, GPT2), tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(64))
+    whole, read = sources.model_sha256(base), []
+    once = sources.file_sha256
+    monkeypatch.setattr(sources, "file_sha256", lambda path: [read.append(path.name), once(path)][1])
+    for _ in range(3):
+        assert sources.checked_folder(base, whole, "") == tmp_path
+    assert sorted(read) == ["config.json", "model.safetensors"]
+    before = weights.stat()
+    weights.write_bytes(bytes(63) + b"1")  # as many bytes, and the times that can be set as they were
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):  # what was found damaged once is not taken for whole after that
+        with pytest.raises(DamagedError, match="is not the one"):
+            sources.checked_folder(base, whole, "")

@@ -1,6 +1,7 @@
 """The verb `export`: an iterate as an ordinary Hugging Face folder with its model card, or an iteration's pairs."""
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,9 +71,18 @@ def _published(to: Path, write: Callable[[Path], None]) -> None:
     durable.remove(work)
     durable.make_folder(work)
     write(work)
+    for path in work.rglob("*"):  # safetensors makes files for their owner alone, whatever others may read here
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())
     if to.exists():
         to.rmdir()
     durable.rename_folder(work, to)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _model(settings: Config, root: Path, iterate: named.Named, work: Path, name: str, license: str | None) -> None:

@@ -226,7 +226,9 @@ class _Library:
         local, seen = True, set[str]()
         for shelf, entry in self._entries(name, seen):
             self.opened.add(shelf.label)
-            code = entry.path.parent.glob("*.py")
+            code = (
+                path for read in entry.read for path in read.parent.glob("*.py")
+            )  # `!function` looks beside its file
             for path in {*entry.read, *code}:
                 inside = path.is_relative_to(shelf.root)
                 name_ = path.relative_to(shelf.root).as_posix() if inside else path.name
@@ -282,8 +284,8 @@ def _data(entry: _Entry) -> Iterable[tuple[str, str]]:
         return
     folder = Path(str(entry.config["dataset_path"])).expanduser()
     if folder.is_dir():
-        yield folder.name, sources.files_sha256(folder, ("**/*",))
-    for name in _data_files(entry.config):
+        yield folder.name, sources.folder_sha256(folder)
+    for i, name in enumerate(_data_files(entry.config)):
         pattern = str(folder / name) if folder.is_dir() else str(Path(name).expanduser())
         paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
         if not paths:
@@ -291,4 +293,4 @@ def _data(entry: _Entry) -> Iterable[tuple[str, str]]:
             raise ConfigError(
                 "A benchmark has no data.", where=str(entry.path), why=why, todo="put it there, or name another"
             )
-        yield from ((path.name, file_sha256(path)) for path in paths)
+        yield from ((f"{i} {j} {path.name}", file_sha256(path)) for j, path in enumerate(paths))

@@ -285,7 +285,7 @@ def _write_provenance(planned: Planned, command: Sequence[str], overrides: Seque
         "cwd": str(Path.cwd()),  # what paths among these overrides are relative to
         "iterations": settings.schedule.iterations,
         "settings": config.identity_settings(settings),
-        "sources": origins.record(settings, found, before.get("sources", {})),
+        "sources": origins.record(found, before.get("sources", {})),
         "versions": versions.began(before.get("versions", {}), [] if data_alone else _also(planned)),
         "machine": {"platform": platform.platform(), "cpus": machine.cores()},
         "threads": processes.threads(settings.hardware),

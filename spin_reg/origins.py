@@ -10,7 +10,8 @@ from spin_reg.settings import Pretrained
 
 def found(settings: Config, known: dict[str, Any]) -> Sources:
     """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved."""
-    model, commit = _recorded(known.get("model"), sources.stamp(settings.model)), None
+    stamps = (sources.stamp(settings.model), sources.stamp(settings.dataset))  # what is written later has others
+    model, commit = _recorded(known.get("model"), stamps[0]), None
     if model is None:
         model = [sources.model_sha256(settings.model), sources.tokenizer_sha256(settings.model)]
         if isinstance(settings.model, Pretrained):
@@ -18,25 +19,25 @@ def found(settings: Config, known: dict[str, Any]) -> Sources:
     elif isinstance(settings.model, Pretrained) and known["model"].get("commit"):
         commit = known["model"]["commit"]
         hub.pin(settings.model, commit)  # a branch may have moved since
-    data = _recorded(known.get("data"), sources.stamp(settings.dataset))
+    data = _recorded(known.get("data"), stamps[1])
     if data is None:
         data = [sources.data_sha256(settings.dataset)]
     tasks = harness.tasks(settings.evaluation, known.get("tasks", {}))
     bench = settings.evaluation.mt_bench
     asked = None if bench.questions is None else questions.asked(bench, settings.evaluation.judge.prompts)
-    return Sources(model[0], str(model[1]), data[0], commit, tasks, asked)
+    return Sources(model[0], str(model[1]), data[0], commit, tasks, asked, stamps)
 
 
-def record(settings: Config, found: Sources, before: dict[str, Any]) -> dict[str, Any]:
+def record(found: Sources, before: dict[str, Any]) -> dict[str, Any]:
     """What a run folder keeps of its sources; tasks that it was once judged by stay named."""
     tasks = {name: task.sha256 for name, task in found.tasks.items() if task.sha256 is not None}
     return {
         "model": {
-            "stamp": sources.stamp(settings.model),
+            "stamp": found.stamps[0],
             "sha256": [found.model, found.tokenizer],
             "commit": found.commit,
         },
-        "data": {"stamp": sources.stamp(settings.dataset), "sha256": [found.data]},
+        "data": {"stamp": found.stamps[1], "sha256": [found.data]},
         "tasks": before.get("tasks", {}) | tasks,
     }
 

@@ -4,10 +4,11 @@ import codecs
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -185,8 +186,13 @@ def _hub_table(dataset: Hub) -> Sequence[Any]:
         kind = type(builder).__module__.rpartition(".")[2]
         if kind not in FORMATS:
             raise ValueError(f"it is made of {kind} files; only {', '.join(FORMATS)} are read: others can hold pickles")
-        builder.download_and_prepare()
+        folder = dataset.path if Path(dataset.path).is_dir() else None
+        _refuse_outside(folder, builder.config.data_files or {})
+        # of a folder `datasets` keeps what it made of it by the times of its files, which say nothing of what they hold
+        builder.download_and_prepare(download_mode=None if folder is None else "reuse_cache_if_exists")
         table: Sequence[Any] = builder.as_dataset(split=dataset.split)
+    except DataError:
+        raise
     except Exception as error:  # the Hub's clients raise a dozen kinds; each means the data are not to be had
         raise DataError(
             "The data set could not be loaded.",
@@ -195,3 +201,15 @@ def _hub_table(dataset: Hub) -> Sequence[Any]:
             todo="check the name, the split, the revision and the network",
         ) from error
     return table
+
+
+def _refuse_outside(folder: str | None, files: Mapping[str, Sequence[str]]) -> None:
+    """What a folder's card names elsewhere is no part of its fingerprint."""
+    for path in chain.from_iterable(files.values()) if folder is not None else ():
+        if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(str(folder))):
+            raise DataError(
+                "A data set reads a file outside of its folder.",
+                where=f"dataset.path={folder}",
+                why=f"its card names {path}, and a change of that would go unnoticed",
+                todo="put the file, or a link to its folder, into the folder",
+            )

@@ -1,5 +1,6 @@
 """The run folder: its provenance, its stages' manifests, and its owner."""
 
+import fcntl
 import json
 import os
 import socket
@@ -18,7 +19,8 @@ from spin_reg.errors import DamagedError, RunBusy
 from spin_reg.fingerprint import digest, file_sha256, plain
 from spin_reg.stage import Stage
 
-MANIFEST, RUN, OWNER = "stage.json", "run.json", ".owner.json"
+MANIFEST, RUN, OWNER, LOCK = "stage.json", "run.json", ".owner.json", ".lock"
+A_GLANCE = 0.2  # seconds: who looks whether the folder is held, holds it that long at most
 MARKER = f"{durable.SCRATCH}/fingerprint"
 WEIGHTS = "*.safetensors"
 SMALL = 1 << 16  # bytes; files up to this size are hashed whenever a stage is looked at, larger ones when used
@@ -131,7 +133,11 @@ def check_hashes(folder: Path, found: Manifest) -> None:
 
 def _check_content(folder: Path, entries: list[tuple[str, Any]]) -> None:
     for name, entry in entries:
-        if file_sha256(folder / name) != entry["sha256"]:
+        try:
+            found = file_sha256(folder / name)
+        except FileNotFoundError:  # removed since its size was looked at
+            raise damaged(folder / name, "it is missing") from None
+        if found != entry["sha256"]:
             raise damaged(folder / name, "its content is not what was written")
 
 
@@ -207,9 +213,14 @@ def record(stage: Stage, inputs: Mapping[str, str], files: Mapping[str, Mapping[
 
 
 def publish(root: Path, stage: Stage, work: Path) -> None:
-    """Give a sealed stage its place; what it left for an interrupted call is cleared."""
-    target = root / stage.folder
+    """Give a sealed stage its place; what is not part of it is cleared: what an interrupted call would need, and what
+    one that was killed had half written (a safetensors file is `.tmp...` until it is whole)."""
+    target, made = root / stage.folder, manifest(work)
+    assert made is not None
     durable.remove(work / durable.SCRATCH)
+    for path in [path for path in work.rglob("*") if path.is_file()]:
+        if path != work / MANIFEST and path.relative_to(work).as_posix() not in made["files"]:
+            durable.remove(path)
     if target.is_dir() and any(path.is_dir() for path in target.iterdir()):  # other stages lie below: leave them
         for path in sorted(work.iterdir(), key=lambda p: p.name == MANIFEST):
             durable.replace_file(path, target / path.name)
@@ -237,14 +248,15 @@ def owned(root: Path) -> Iterator[None]:
     Raises:
         RunBusy: another process holds it; host, process id and age are named.
     """
-    lock, owner = FileLock(root / ".lock"), root / OWNER
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        todo = "wait for it, or stop it; then run the same command"
-        raise RunBusy(
-            "Another process is working on this run.", where=str(root), why=_owner(owner), todo=todo
-        ) from error
+    lock, owner = FileLock(root / LOCK), root / OWNER
+    with durable.disk_errors(root / LOCK):
+        try:
+            lock.acquire(timeout=A_GLANCE)
+        except Timeout as error:
+            todo = "wait for it, or stop it; then run the same command"
+            raise RunBusy(
+                "Another process is working on this run.", where=str(root), why=_owner(owner), todo=todo
+            ) from error
     try:
         value = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
         durable.write_bytes(owner, json.dumps(value).encode())
@@ -252,6 +264,22 @@ def owned(root: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def held(root: Path) -> bool:
+    """Whether a process holds the run folder. The system says so, on whatever host it is, and however one ended; where
+    it keeps no locks, that a process says it does must do."""
+    try:
+        lock = os.open(root / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
 
 
 def _owner(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Where models and data come from: local folders and files, or the Hub; resolved and hashed without torch."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -152,6 +153,20 @@ def files_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
     return _together(_files_sha256(folder, sorted(_matching(folder, patterns))))
 
 
+def folder_sha256(folder: Path) -> str:
+    """One SHA-256 over the names and contents of all files below a folder, also where a link in it leads."""
+    seen: set[str] = set()
+    paths: list[Path] = []
+    for place, below, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to where one is already
+            below.clear()
+            continue
+        seen.add(real)
+        paths += [path for path in (Path(place, name) for name in names) if path.is_file()]
+    return _together(_files_sha256(folder, paths))
+
+
 def _files_sha256(folder: Path, paths: list[Path]) -> dict[Path, str]:
     """SHA-256 by path in the folder; a core each, since large models lie in many files."""
     with ThreadPoolExecutor(machine.cores()) as pool:
@@ -247,7 +262,7 @@ def data_sha256(dataset: Dataset) -> str | None:
         return file_sha256(path)
     if isinstance(dataset, Hub):
         folder = Path(dataset.path)
-        return files_sha256(folder, ("**/*",)) if folder.is_dir() else hub.data_commit(dataset.path, dataset.revision)
+        return folder_sha256(folder) if folder.is_dir() else hub.data_commit(dataset.path, dataset.revision)
     return None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from spin_reg import durable
+
 BATCH = 256  # rows held in memory at a time
 Row = dict[str, Any]
 
@@ -24,7 +26,8 @@ class Spool:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema, self._path = schema, path
-        self._writer = pa.ipc.new_file(path, schema)
+        with durable.disk_errors(path):
+            self._writer = pa.ipc.new_file(path, schema)
         self._starts: list[int] = []  # the first row of each batch
         self._count = 0
         self._late: list[Row] = []  # rows of a batch that is not full yet
@@ -42,7 +45,8 @@ class Spool:
     def add(self, batch: pa.RecordBatch) -> None:
         """Add a batch of rows."""
         self._starts.append(self._count)
-        self._writer.write_batch(batch)
+        with durable.disk_errors(self._path):
+            self._writer.write_batch(batch)
         self._count += batch.num_rows
 
     def __getitem__(self, i: int) -> Row:
@@ -67,5 +71,6 @@ class Spool:
         """Rows are read only when all were added."""
         if self._reader is None:
             self._flush()
-            self._writer.close()
+            with durable.disk_errors(self._path):
+                self._writer.close()
             self._reader = pa.ipc.open_file(pa.memory_map(str(self._path)))

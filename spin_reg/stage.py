@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from spin_reg.benchmarks import TaskFiles
 from spin_reg.fingerprint import digest_identity
@@ -14,7 +15,8 @@ from spin_reg.specs import Spec
 class Sources:
     """What the settings point at, by content: None where it is made on the spot. `commit`: of a model of the Hub.
 
-    `tasks`: of lm-eval, by name. `mt_bench`: its questions, and what the judge is told.
+    `tasks`: of lm-eval, by name. `mt_bench`: its questions, and what the judge is told. `stamps`: what model and data
+    looked like before they were read (see `sources.stamp`).
     """
 
     model: str | None
@@ -23,6 +25,7 @@ class Sources:
     commit: str | None = None
     tasks: Mapping[str, TaskFiles] = field(default_factory=dict)
     mt_bench: Asked | None = None
+    stamps: tuple[Any, Any] = (None, None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,10 @@ from weakref import WeakSet
 
 from spin_reg.errors import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends the last one before the time is up
+SIGNALS = (  # Slurm sends SIGUSR1 before the time is up; SIGHUP comes as a terminal goes, unless nohup holds it off
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1),
+    *(() if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)),
+)
 GRACE = 8.0  # seconds
 APART = 0.0  # seconds within which several signals count as one; a launcher passes on what its processes have too
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,17 +188,13 @@ def _log(root: Path, most: int | None) -> str:
 
 
 def _owner(root: Path) -> str | None:
-    """Who is at work in a run; None where nobody is. Of another host only what it wrote down is known."""
+    """Who is at work in a run; None where nobody is."""
     try:
         found = json.loads((root / rundir.OWNER).read_bytes())
-        host, pid = found["host"], int(found["pid"])
-        if host == socket.gethostname():
-            os.kill(pid, 0)
-    except PermissionError:  # it is another user's
-        pass
+        who = f"{found['host']}, pid {int(found['pid'])}"
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return f"{host}, pid {pid}"
+    return who if rundir.held(root) else None
 
 
 def _end(text: str, prepared: bool) -> tuple[str, str | None]:

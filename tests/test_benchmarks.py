@@ -20,7 +20,7 @@ from test_identity import KNOWN, loaded, prints
 from spin_reg import amounts, child, config, estimate, harness, iterates, pace, stopping
 from spin_reg.benchmarks import Benchmark, Evaluation, TaskFiles
 from spin_reg.context import Context
-from spin_reg.errors import ConfigError, SpinRegError, Stopped
+from spin_reg.errors import ConfigError, DataError, SpinRegError, Stopped
 from spin_reg.plan import Sources, plan
 from spin_reg.settings import Dtype
 from spin_reg.specs import BenchmarkSpec, Split
@@ -201,6 +201,26 @@ def test_a_task_is_its_yaml_what_that_includes_the_python_beside_it_and_its_data
         content("t", mine)
 
 
+def test_files_of_one_name_and_python_beside_what_is_included_count_too(mine: Path) -> None:
+    def again(path: str, text: str) -> str | None:
+        place(mine, {path: text})
+        return content("t", mine)["t"].sha256
+
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {test: %s/a/x.jsonl, train: %s/b/x.jsonl}}\n"
+    before = again("base.template", data % (mine, mine)) if place(mine, {"a/x.jsonl": "1", "b/x.jsonl": "2"}) else None
+    assert len({before, again("a/x.jsonl", "3"), again("b/x.jsonl", "4"), again("helpers.py", "5")}) == 4
+
+
+@pytest.mark.usefixtures("installed")
+def test_numbers_of_a_task_that_changed_meanwhile_are_refused(mine: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    asked = spec("t", files=content("t", mine)["t"].sha256, include_path=str(mine))
+    benchmark.run(asked, {"model": tmp_path}, tmp_path / "out", Context())
+    (mine / "deep/utils.py").write_text("def docs(x): return x[:1]\n")
+    with pytest.raises(DataError, match="has changed"):
+        benchmark.run(asked, {"model": tmp_path}, tmp_path / "out", Context())
+
+
 def test_names_are_looked_up_in_ones_own_folder_first(mine: Path, installed: Path) -> None:
     theirs = content("arc_easy ai2_arc both arc_challenge")
     assert theirs["arc_easy"] == theirs["ai2_arc"] != theirs["both"]  # it includes the other file that bears the tag
@@ -245,7 +265,9 @@ def test_the_stage_runs_the_command_and_keeps_its_numbers(tmp_path: Path, caplog
     model, out = tmp_path / "a, model=1", tmp_path / "out"
     for folder in (model, out):
         folder.mkdir()
-    asked = spec("t", num_fewshot=0, apply_chat_template=True, limit=3, local=True, include_path="here", batch_size=5)
+    asked = spec(
+        "t", num_fewshot=0, apply_chat_template=True, limit=3, local=True, include_path="here", batch_size=5, files=None
+    )
     benchmark.run(asked, {"model": model}, out, Context())
     raw = json.loads(next(out.glob(".scratch/results/*.json")).read_text())
     said = json.loads(raw["given"].pop("model_args"))

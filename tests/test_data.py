@@ -1,19 +1,23 @@
 """Splits by prompt, drops within bounds, and conversations to token ids."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import SMALL, Command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spin_reg import data, models, render
+from spin_reg import data, models, origins, render
+from spin_reg.config import Config
 from spin_reg.corpora import Hub, Jsonl
 from spin_reg.errors import DataError
 from spin_reg.render import Unusable
+from spin_reg.settings import Tiny
 from spin_reg.specs import Split
 
 TOKENIZER = models.byte_tokenizer()
@@ -129,6 +133,54 @@ def test_a_folder_like_a_hub_data_set_trains(train: Callable[..., Path], tmp_pat
     few = ["generation.max_new_tokens=8", "schedule.iterations=1", "evaluation=none"]
     root = train("dataset=hub", f"dataset.path={folder}", *few)
     assert len(pq.read_table(root / "iteration-00/pairs.parquet")) == 24
+
+
+def test_data_that_change_while_they_are_read_are_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"prompt": f"{i}?", "response": f"{i}!"} for i in range(40)])
+    words = ["train", *SMALL, "dataset=jsonl", f"dataset.path={path}", f"outputs={tmp_path / 'o'}", "run_name=run"]
+    words += ["generation.max_new_tokens=4", "schedule.iterations=1", "evaluation=none"]
+    prepare = data.prepare
+
+    def late(*given: Any) -> Any:
+        path.write_text(path.read_text().replace("!", "."))
+        return prepare(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "prepare", late)
+        result = command(*words)
+    assert result.code == 3 and "The data have changed" in result.err and not (tmp_path / "o/run").exists()
+    assert command(*words).code == 0
+    assert {row["real"][-1] for row in pq.read_table(tmp_path / "o/run/data/train.parquet").to_pylist()} == {"."}
+
+
+def test_a_record_has_the_looks_of_what_was_hashed(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"prompt": "a", "response": "b"}])
+    given = Config(model=Tiny(), dataset=Jsonl(path=str(path)))
+    found = origins.found(given, {})
+    path.write_text("another")
+    assert origins.found(given, origins.record(found, {})).data != found.data
+
+
+def test_a_folder_is_what_its_links_lead_to_whatever_the_times_of_its_files(
+    train: Callable[..., Path], command: Command, tmp_path: Path
+) -> None:
+    folder, real = tmp_path / "set", tmp_path / "real"
+    folder.mkdir()
+    real.mkdir()
+    (folder / "data").symlink_to(real)
+    (folder / "data/again").symlink_to(folder)  # a circle
+    (folder / "README.md").write_text("---\nconfigs: [{config_name: default, data_files: data/train.jsonl}]\n---\n")
+    few = ["dataset=hub", f"dataset.path={folder}", "generation.max_new_tokens=4", "schedule.iterations=1"]
+    for sign in "!.":
+        write(real / "train.jsonl", [{"prompt": f"{i}?", "response": f"{i}{sign}"} for i in range(40)])
+        os.utime(real / "train.jsonl", (0, 0))
+        root = train(*few, "evaluation=none", name=f"run{ord(sign)}")
+        assert {row["real"][-1] for row in pq.read_table(root / "data/train.parquet").to_pylist()} == {sign}
+    (folder / "README.md").write_text("---\nconfigs: [{config_name: default, data_files: ../real/train.jsonl}]\n---\n")
+    result = command("train", *SMALL, *few, f"outputs={tmp_path / 'o'}")
+    assert result.code == 3 and "outside of its folder" in result.err, result.err
 
 
 def without_control_tokens(text: str) -> bool:

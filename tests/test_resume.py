@@ -1,5 +1,6 @@
 """Runs that were cut, extended, damaged or changed, through the real command."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import fit, launch, runner
+from spin_reg import fit, iterates, launch, rundir, runner
+from spin_reg.errors import DamagedError
 from spin_reg.settings import Sharding
 from spin_reg.stage import Stage
 
@@ -260,6 +264,60 @@ def test_a_disk_that_is_full_while_weights_are_saved_exits_6(
         result = command("train", *SMALL, f"outputs={tmp_path}", "run_name=run")
     assert result.code == 6 and "No space left" in result.err
     assert command("train", *SMALL, f"outputs={tmp_path}", "run_name=run").code == 0
+
+
+def test_a_disk_that_is_full_while_data_are_read_exits_6(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows lie in a file of the system's temporary folder meanwhile."""
+    rows = [{"prompt": f"{i}?", "response": f"{i}!"} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mine.parquet")
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for kind in ("parquet", "jsonl"):
+        words = [*SMALL, "dataset=jsonl", f"dataset.path={tmp_path}/mine.{kind}", f"outputs={tmp_path / 'o'}"]
+        result = command("train", *words)
+        assert result.code == 6 and "The disk is full" in result.err, result.err
+
+
+def test_a_folder_that_keeps_no_locks_is_named(train: Train, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from filelock import FileLock
+
+    root = train("schedule.iterations=1")
+
+    def none(*given: object, **words: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    result = command("resume", str(root), "schedule.iterations=2")
+    assert result.code == 1 and "could not be written" in result.err and str(root / ".lock") in result.err
+
+
+def test_what_a_killed_save_left_half_written_is_no_part_of_a_stage(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = iterates.save
+
+    def killed(loaded: Any, folder: Path, *more: Any) -> None:
+        (folder / ".tmpAbC123").write_bytes(b"half of the weights")
+        save(loaded, folder, *more)
+
+    monkeypatch.setattr(iterates, "save", killed)
+    root = train("schedule.iterations=1")
+    assert not list(root.rglob(".tmp*")) and (root / "iterate-01/model/model.safetensors").exists()
+
+
+def test_a_copy_that_goes_while_it_is_looked_at_is_damaged(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = train("schedule.iterations=1") / "iterate-01/model"
+    found = rundir.manifest(folder)
+    monkeypatch.setattr(rundir, "check_sizes", lambda folder, found: None)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DamagedError, match="missing"):
+        rundir.check_hashes(folder, found)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Command, Result
 
-from spin_reg import opponents, survey
+from spin_reg import opponents, rundir, survey
 from spin_reg.opponents import Generator, Iterate, arithmetic, geometric
 from spin_reg.pace import Piece
 
@@ -83,8 +82,6 @@ def at_work(root: Path, log: str) -> None:
     shutil.rmtree(root / "iterate-02")
     (root / "iterate-02/model.tmp").mkdir(parents=True)
     (root / "run.log").write_text(log)
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
-    (root / ".owner.json").write_text(json.dumps(owner))
     survey.record(
         root,
         [Piece("iteration-00/train", "train", "iterate-01/model", 60)]
@@ -109,6 +106,20 @@ def test_a_run_at_work(copied: Path, command: Command) -> None:
     """60 tokens took 30 s, so 120 take 60; once it tells: 3 steps took 6 s, so 7 are 14."""
     root = runs(copied)[0]
     at_work(root, LOG)
+    with rundir.owned(root):
+        _seen_at_work(root, copied, command)
+    (root / ".owner.json").write_text(json.dumps({"host": "elsewhere", "pid": os.getpid(), "since": 0}))  # a killed one
+    assert lines(command("status", str(copied)).out)[0]["state"] == "interrupted"
+    for kind, state in (("NonFiniteError", "failed"), ("Stopped", "stopped")):
+        said = f"t ERROR spin_reg.launch: the run ended early: {kind}: It went wrong there\nTraceback\n  all\n"
+        (root / "run.log").write_text(LOG + AT + said)
+        row = lines(command("status", str(copied)).out)[0]
+        assert (row["state"], row["error"]) == (state, "It went wrong there")
+        (root / "run.log").write_text(LOG + AT + said + LOG)
+        assert lines(command("status", str(copied)).out)[0]["state"] == "interrupted"
+
+
+def _seen_at_work(root: Path, copied: Path, command: Command) -> None:
     row = lines(command("status", str(copied)).out)[0]
     assert row["state"].startswith("running") and str(os.getpid()) in row["state"]
     assert (row["stages"], row["at work"], row["left"], row["iterates"]) == ("1/3", "iteration-01/train", "60 s", "2/3")
@@ -121,15 +132,6 @@ def test_a_run_at_work(copied: Path, command: Command) -> None:
     assert (row["at work"], row["rate"], row["left"]) == ("iteration-01/train 5/12 step", "0.5/s", "14 s")
     tree = json.loads(command("status", str(root), "--json").out)["runs"][0]["tree"]
     assert tree[2]["made"] == "at work" and tree[2]["reference"] == "0.5 log pi_1 + 0.5 log pi_0"
-    (root / ".owner.json").write_text(json.dumps({"host": socket.gethostname(), "pid": 1 << 30, "since": 0}))
-    assert lines(command("status", str(copied)).out)[0]["state"] == "interrupted"
-    for kind, state in (("NonFiniteError", "failed"), ("Stopped", "stopped")):
-        said = f"t ERROR spin_reg.launch: the run ended early: {kind}: It went wrong there\nTraceback\n  all\n"
-        (root / "run.log").write_text(LOG + AT + said)
-        row = lines(command("status", str(copied)).out)[0]
-        assert (row["state"], row["error"]) == (state, "It went wrong there")
-        (root / "run.log").write_text(LOG + AT + said + LOG)
-        assert lines(command("status", str(copied)).out)[0]["state"] == "interrupted"
 
 
 def test_what_is_broken_or_strange_is_named_and_hides_nothing(copied: Path, command: Command) -> None:

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import console, fit, runner
+from spin_reg import console, fit, runner, stopping
 from spin_reg.context import Context
 from spin_reg.stages import generate, score
 
 Train = Callable[..., Path]
 KINDS = ["prepare", "sft", "generate", "score", "pairs", "train", "evaluate"]
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = list(stopping.SIGNALS)
 WORDS = [*SMALL, "regularizer=fictitious_play", "schedule.epochs=2", "run_name=run"]
 
 
@@ -58,7 +58,7 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     ("kind", "number"),
     [
-        pytest.param(kind, SIGNALS[i % 3], marks=[] if kind == "train" else pytest.mark.slow)
+        pytest.param(kind, SIGNALS[i % len(SIGNALS)], marks=[] if kind == "train" else pytest.mark.slow)
         for i, kind in enumerate(KINDS)
     ],
     ids=lambda value: getattr(value, "name", value),

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from spin_reg import child, durable, harness, iterates
+from spin_reg.benchmarks import Benchmark, Evaluation
 from spin_reg.context import Context
-from spin_reg.errors import SpinRegError
+from spin_reg.errors import DataError, SpinRegError
 from spin_reg.specs import BenchmarkSpec
 from spin_reg.stages.evaluate import position
 
@@ -44,6 +45,7 @@ def run(spec: BenchmarkSpec, inputs: dict[str, Path], out: Path, context: Contex
     written = sorted((scratch / "results").rglob("*.json"))
     if code != 0 or not written:
         raise _failed(spec, code, lines)
+    _unchanged(spec)
     found = json.loads(written[-1].read_bytes())
     results = list(numbers(found))
     durable.write_json(out / "results.json", asked(spec) | {"results": results})
@@ -76,6 +78,18 @@ def environment(spec: BenchmarkSpec) -> dict[str, str]:
     found |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return found | (offline if spec.local else {})
+
+
+def _unchanged(spec: BenchmarkSpec) -> None:
+    """Files of the task that were changed while it was asked make numbers of neither."""
+    asked = Evaluation(benchmarks=[Benchmark(spec.task)], include_path=spec.include_path)
+    if spec.files is not None and harness.tasks(asked, {})[spec.task].sha256 != spec.files:
+        raise DataError(
+            "A benchmark has changed.",
+            where=f"iterate {spec.k}, {spec.words}",
+            why="its files, or its data, are not what they were when this command began",
+            todo="run the same command again: it is asked anew",
+        )
 
 
 def _failed(spec: BenchmarkSpec, code: int, lines: list[str]) -> SpinRegError:

@@ -7,10 +7,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from spin_reg import data, durable, models, stopping, tables
+from spin_reg import data, durable, models, sources, stopping, tables
 from spin_reg.context import Context
-from spin_reg.corpora import Dataset, Hub, Mixture, Part, published
+from spin_reg.corpora import Corpus, Dataset, Hub, Jsonl, Mixture, Part, parts, published
 from spin_reg.data import Splits
+from spin_reg.errors import DataError
 from spin_reg.fingerprint import digest
 from spin_reg.specs import PrepareSpec, Split
 from spin_reg.spool import Row, Spool
@@ -21,11 +22,13 @@ _checked: dict[str, tuple[Splits, dict[str, Any], TemporaryDirectory[str]]] = {}
 def check(spec: PrepareSpec, context: Context) -> dict[Split, int]:
     """Read and tokenise the data into a temporary folder, so that a run folder is made only for data that are good.
 
+    Data of this machine must still be what they were when they were fingerprinted.
+
     Returns:
         How many examples each split has.
 
     Raises:
-        DataError, ConfigError: see `data.prepare`. Stopped: a signal asked for it.
+        DataError, ConfigError: see `data.prepare`; they have changed. Stopped: a signal asked for it.
     """
     tokenizer = models.load_tokenizer(spec.model)
     ends = models.end_ids(models.generation_config(spec.model), tokenizer)
@@ -43,10 +46,26 @@ def check(spec: PrepareSpec, context: Context) -> dict[Split, int]:
     except BaseException:
         folder.cleanup()
         raise
+    _unchanged(spec, folder)
     for part, source in zip(summary.get("parts", []), str(spec.source).split(","), strict=False):
         part["revision_or_sha256"] = source
     _checked[digest(spec)] = splits, summary, folder
     return {split: len(rows) for split, rows in splits.items()}
+
+
+def _unchanged(spec: PrepareSpec, folder: TemporaryDirectory[str]) -> None:
+    if not isinstance(spec.dataset, Corpus):
+        return
+    for part, expected in zip(parts(spec.dataset), str(spec.source).split(","), strict=True):
+        local = isinstance(part, Jsonl) or Path(part.path).is_dir()
+        if local and sources.data_sha256(part) != expected:
+            folder.cleanup()
+            raise DataError(
+                "The data have changed.",
+                where=part.path,
+                why="they are not what they were when this command began",
+                todo="run it again once they stay as they are",
+            )
 
 
 def heldout_answers(spec: PrepareSpec, made: bytes | None) -> dict[str, str]:

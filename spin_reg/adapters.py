@@ -27,7 +27,7 @@ def fresh(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     """Put a new adapter on a base; the base's own weights no longer train. Equal seeds make equal adapters.
 
     Raises:
-        ConfigError: the base has no layers of the names in `model.lora.target_modules`.
+        ConfigError: the base has no layers of the names in `model.lora.target_modules`; or one that shares its weights.
     """
     modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = LoraConfig(
@@ -40,7 +40,22 @@ def fresh(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     )
     with torch.random.fork_rng(), _fitting(f"model.lora.target_modules={modules}"):
         torch.manual_seed(seed_of("adapter", seed) % 2**63)
-        return get_peft_model(model, settings)
+        made = get_peft_model(model, settings)
+    _refuse_tied(made, f"model.lora.target_modules={modules}")
+    return made
+
+
+def _refuse_tied(model: PeftModel, where: str) -> None:
+    base: Any = model.get_base_model()
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    bare = [getattr(layer, "base_layer", layer) for layer in ends]
+    if bare != ends and bare[0].weight is bare[1].weight:
+        raise ConfigError(
+            "This adapter cannot be merged.",
+            where=where,
+            why="the base's input embeddings and its output layer are one matrix, so that merging would change both",
+            todo="leave them out: model.lora.target_modules=all-linear takes all other linear layers",
+        )
 
 
 def put_on(model: PreTrainedModel, folder: Path, *, trainable: bool) -> PeftModel:

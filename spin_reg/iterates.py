@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spin_reg import durable, models, sources, templates
@@ -196,4 +197,5 @@ def accelerator(hardware: Hardware) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
         AcceleratorState._reset_state(reset_partial_state=True)
         forget()  # a model kept in memory is wrapped for the other precision
-    return Accelerator(mixed_precision=wanted, cpu=not torch.cuda.is_available())
+    once = GradientAccumulationPlugin(num_steps=1)  # else a variable of the environment would divide gradients
+    return Accelerator(mixed_precision=wanted, cpu=not torch.cuda.is_available(), gradient_accumulation_plugin=once)

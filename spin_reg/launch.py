@@ -45,7 +45,7 @@ from spin_reg.outlook import Planned
 from spin_reg.plan import plan
 from spin_reg.redact import redacted
 from spin_reg.runner import Listener, Status
-from spin_reg.settings import Dtype, KeepIterates, Precision, Tracker
+from spin_reg.settings import Dtype, KeepIterates, Precision, Pretrained, Tracker
 from spin_reg.specs import BenchmarkSpec, PrepareSpec, SftSpec, Split, TrainSpec
 
 QUIET = {
@@ -311,13 +311,19 @@ def _also(planned: Planned) -> list[str]:
 
 
 def _warn_of_precision(settings: Config) -> None:
-    """On a CPU that has to put bfloat16 together of other instructions it takes longer than float32."""
+    """Weights in bfloat16 hardly train; and on a CPU that has to put it together of other instructions it is slow."""
     from torch import cuda
 
     low = {"hardware.precision": settings.hardware.precision, "model.dtype": settings.model.dtype}
     for name, value in low.items():
         if value in (Precision.bf16, Dtype.bfloat16) and not cuda.is_available() and machine.bfloat16() is False:
             log.warning("%s=%s: this CPU has no instructions for bfloat16, float32 takes less time", name, value)
+    adapted = isinstance(settings.model, Pretrained) and settings.model.lora.rank > 0
+    if settings.model.dtype is Dtype.bfloat16 and not adapted:
+        log.warning(
+            "model.dtype=bfloat16: weights that train keep 8 bits, and most of a step is less than the last of them; "
+            "model.dtype=float32 hardware.precision=bf16 keeps it, as does an adapter (model.lora.rank)"
+        )
 
 
 def _warn_of_versions(root: Path, also: Sequence[str]) -> None:

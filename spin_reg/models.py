@@ -1,7 +1,8 @@
 """Models and tokenizers: the tiny one made on the spot, and pretrained ones from their folders."""
 
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ from transformers import (
 )
 
 from spin_reg import gpus, products, render, sizes, sources, templates
-from spin_reg.errors import ConfigError, SpinRegError
+from spin_reg.errors import ConfigError, DamagedError, SpinRegError
 from spin_reg.redact import redacted
 from spin_reg.settings import Model, Pretrained, Quantize, Tiny
 from spin_reg.specs import Policy
+
+log = logging.getLogger(__name__)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -164,13 +167,15 @@ def from_folder(
         )
     plain = as_stored and gguf_file is None and policy.quantize is Quantize.none
     with _reading(folder):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=plain and _stored(folder) or dtype,
             use_safetensors=True,
             trust_remote_code=policy.trust_remote_code,
+            output_loading_info=True,
             **kwargs,
         )
+    _refuse_incomplete(folder, info)
     if plain:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
@@ -181,6 +186,28 @@ def from_folder(
         _unpacked(model)
     _keep_capping(model, policy.attn_implementation, folder)
     return model
+
+
+def _refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:
+    """Transformers makes up what weights lack, and leaves out what it has no place for.
+
+    Raises:
+        DamagedError: some are lacking. The others are named in the log.
+    """
+    lacking, idle = (sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys"))
+    if lacking:
+        raise DamagedError(
+            "The weights of a model are incomplete.",
+            where=str(folder),
+            why=f"{_some(lacking)} would be random: not in its files" + (f", which have {_some(idle)}" if idle else ""),
+            todo="use whole weights, under the names that its architecture gives them",
+        )
+    if idle:
+        log.warning("%s: its architecture has no place for %s, which are left out", folder, _some(idle))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _keep_capping(model: PreTrainedModel, asked: str | None, folder: Path) -> None:

@@ -188,9 +188,7 @@ def reads_packed(model: PreTrainedModel) -> bool:
         ConfigError: it does not read padded rows beside others as it reads each by itself.
     """
     inner = _inner(model)
-    attention, first = inner.config._attn_implementation, next(model.parameters())
-    attention = "sdpa" if attention == branches.NAME else attention
-    kept = f"{type(inner).__name__} {attention} {first.dtype} {first.device.type} {inner.config.to_json_string()}"
+    attention, kept = _attention(inner), architecture(model)
     if kept not in _found:
         with plainly(), torch.autocast(inner.device.type, enabled=False):
             alone = trial.alone(model, type(inner).__name__)
@@ -201,11 +199,28 @@ def reads_packed(model: PreTrainedModel) -> bool:
     return _found[kept]
 
 
+def architecture(model: PreTrainedModel) -> str:
+    """What decides how a model reads, whatever its weights are: an adapter on the head does too."""
+    inner, first = _inner(model), next(model.parameters())
+    parts = (type(inner).__name__, _plain(inner), _attention(inner), first.dtype, first.device.type)
+    return f"{' '.join(map(str, parts))} {inner.config.to_json_string()}"
+
+
+def _plain(inner: Any) -> bool:
+    """Whether the head is one linear layer, without an adapter on it."""
+    return type(inner.get_output_embeddings()) in (nn.Linear, Linear)
+
+
+def _attention(inner: Any) -> str:
+    """The attention that a model has where it is not ours."""
+    found = str(inner.config._attn_implementation)
+    return "sdpa" if found == branches.NAME else found
+
+
 def _may_pack(inner: Any) -> bool:
     """Whether it is worth a trial; where few tokens are attended to, these are all of rows as short as those tried."""
     chosen = any(name.startswith("index_topk") for name in text_config(inner).to_dict())
-    plain = type(inner.get_output_embeddings()) in (nn.Linear, Linear)
-    return plain and not chosen and window(inner) >= trial.LENGTH
+    return _plain(inner) and not chosen and window(inner) >= trial.LENGTH
 
 
 def _tried(model: PreTrainedModel, alone: trial.Alone) -> bool:

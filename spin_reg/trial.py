@@ -22,6 +22,7 @@ NOISE = 4  # packed rows may differ from plain ones by so many times what these 
 # less: that is seen in float32 alone.
 FAR = 0.01, 0.25
 EXACT = 1e-5  # nats a token that rounding may move a log-prob in any case, however alike all of them are
+Answered = tuple[Sequence[int], Sequence[float]]  # tokens and their log-probs
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ def alone(model: PreTrainedModel, name: str) -> Alone:
     found = Alone(rows, read, float(every.std()), next(model.parameters()).dtype != torch.float32)
     padded = token_logprobs(model, collate(rows.prompts, rows.answers).to(model.device))
     gap = float((torch.cat([row[: len(own)] for row, own in zip(padded, read, strict=True)]) - every).abs().mean())
-    quantized = getattr(model.config, "quantization_config", None) is not None
-    if gap > max(EXACT, FAR[found.coarse or quantized] * found.spread):  # of weights that are no numbers others tell
+    if gap > max(EXACT, _far(model) * found.spread):  # of weights that are no numbers others tell
         raise ConfigError(
             "This model does not read a row beside others as it reads it by itself.",
             where=name,
@@ -95,6 +95,35 @@ def by_itself(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[in
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     logprobs: Tensor = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).squeeze(1)
     return logprobs
+
+
+@torch.no_grad()
+def draws(model: PreTrainedModel, name: str, draw: Callable[[Sequence[Sequence[int]]], Sequence[Answered]]) -> None:
+    """See that answers are drawn from what the model says of them when it reads them by itself.
+
+    Args:
+        draw: some tokens after each of these prompts, drawn together, and their log-probs.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    prompts = [group.prompt for group in _rows(len(model.get_input_embeddings().weight)).groups]
+    found = list(zip(prompts, draw(prompts), strict=True))
+    read = torch.cat([by_itself(model, prompt, tokens) for prompt, (tokens, _) in found]).cpu()
+    gap = float((torch.tensor([value for _, (_, values) in found for value in values]) - read).abs().mean())
+    if gap > max(EXACT, _far(model) * float(read.std())):
+        raise ConfigError(
+            "This model does not write as it reads.",
+            where=name,
+            why=f"token by token the log-probs of an answer are {gap:.3g} nats off in the mean; they spread by "
+            f"{float(read.std()):.3g}",
+            todo="use another model: its answers would not be drawn from what is scored and trained",
+        )
+
+
+def _far(model: PreTrainedModel) -> float:
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    return FAR[next(model.parameters()).dtype != torch.float32 or quantized]
 
 
 @torch.no_grad()

@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin_reg import adapters, checkpoint, iterates, models, sizes
 from spin_reg.context import Context
+from spin_reg.errors import ConfigError
 from spin_reg.logprobs import collate, sequence_logprobs, token_divergences
+from spin_reg.packing import Group
+from spin_reg.scorer import Scorer
 from spin_reg.settings import Dtype, Hardware, Lora, Precision, Pretrained, Quantize
 from spin_reg.specs import DivergenceSpec, Policy
 from spin_reg.stages import divergence
@@ -65,6 +68,34 @@ def logprobs(folder: Path) -> torch.Tensor:
     batch = collate([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]])
     with torch.no_grad():
         return sequence_logprobs(iterates.load(folder, FP32).model.cpu(), batch)
+
+
+def test_an_adapter_on_the_head_is_scored_and_trained_though_the_base_was_read_packed(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert Scorer(model).packs
+    adapted = adapters.fresh(model, Lora(rank=2, target_modules=["lm_head", "q_proj"]), 0)
+    head = adapted.get_base_model().lm_head.lora_B["default"].weight
+    torch.nn.init.normal_(head)
+    scorer, group = Scorer(adapted), Group([1, 2, 3], ([4, 5, 6], [7]))
+    assert not scorer.packs
+    plain = adapted(torch.tensor([[1, 2, 3, 4, 5, 6]])).logits[0, 2:-1].log_softmax(-1)
+    read = scorer([group])
+    assert torch.allclose(read[:3], plain.gather(1, torch.tensor([[4], [5], [6]])).squeeze(1), atol=1e-5)
+    read.sum().backward()
+    assert head.grad is not None and head.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "q_proj"]])
+def test_an_adapter_that_a_merge_would_spread_over_tied_embeddings_is_refused(modules: list[str]) -> None:
+    shape: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    for tied in (False, True):
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=1, tie_word_embeddings=tied))
+        asked = Lora(rank=2, target_modules=modules)
+        if tied:
+            with pytest.raises(ConfigError, match="cannot be merged"):
+                adapters.fresh(model, asked, 0)
+        else:
+            adapters.fresh(model, asked, 0)
 
 
 def test_an_iterate_is_a_peft_folder_over_the_base(base: Path, made: Path) -> None:

@@ -31,14 +31,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
-from spin_reg import answering, models, render, sampling, selfcheck, sizes
+from spin_reg import answering, models, render, sampling, scorer, selfcheck, sizes
 from spin_reg.corpora import Jsonl
 from spin_reg.errors import ConfigError, DataError
 from spin_reg.generation import Generation
 from spin_reg.logprobs import collate, token_logprobs
 from spin_reg.settings import Dtype, Hardware, Pretrained, Quantize
 from spin_reg.specs import Policy
-from spin_reg.stages import converse
+from spin_reg.stages import converse, generate
 
 VOCABULARY, LONGEST, WINDOW = 40, 40, 6
 ENDS = (39, 3, 17)  # so many that some rows end early and leave the batch
@@ -157,6 +157,23 @@ def test_what_is_drawn_is_what_is_scored(name: str, attention: str, monkeypatch:
 
 # Nats a token that bfloat16 moves with the batch: the largest of a token; of an answer's mean; the mean of all answers.
 TOKEN, ANSWER, MEAN = 0.06, 0.01, 0.002
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_tried_out_before_it_draws(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "_tried", set())
+    generate._try_out(model(name, dtype=dtype))
+
+
+def test_answers_that_are_drawn_at_other_positions_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, told = model("llama", "sdpa"), scorer.slot_states
+    monkeypatch.setattr(generate, "_tried", set())
+    generate._try_out(policy)
+    monkeypatch.setattr(generate, "_tried", set())
+    monkeypatch.setattr(scorer, "slot_states", lambda m, ids, positions, *more: told(m, ids, 3 * positions, *more))
+    with pytest.raises(ConfigError, match="does not write as it reads"):
+        generate._try_out(policy)
 
 
 @pytest.mark.slow

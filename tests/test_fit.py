@@ -124,6 +124,13 @@ def test_a_weight_that_is_no_finite_number_is_found_wherever_it_is(value: float,
     checkpoint.refuse_nonfinite(torch.nn.ParameterList([torch.empty(0)]), "here")  # as a rank that has no part of it
 
 
+def test_no_variable_of_the_environment_divides_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    weight = torch.ones(1, requires_grad=True)
+    iterates.accelerator(Hardware()).backward(3 * weight.sum())
+    assert weight.grad is not None and weight.grad.item() == 3
+
+
 def test_only_the_newest_checkpoint_is_kept(tmp_path: Path) -> None:
     m = model()
     optimizer = torch.optim.AdamW(m.parameters())

@@ -123,3 +123,4 @@ def test_a_run_tells_that_bfloat16_is_slow_here(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     told = command("plan", "--prepare", *SMALL, f"outputs={tmp_path / 'outputs'}", word).err
     assert (f"{word}: this CPU has no instructions for bfloat16" in told) == (able is False)
+    assert ("weights that train keep 8 bits" in told) == (word == "model.dtype=bfloat16")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, Command, read_jsonl
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from spin_reg import iterates, models
@@ -96,6 +97,35 @@ def test_weights_that_are_not_whole_are_named(base: Path, command: Command, tmp_
     path.write_bytes(path.read_bytes()[:-100])
     result = command("train", *words(copy, tmp_path / "o"))
     assert result.code == 1 and "cannot be read" in result.err and str(copy) in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "says"),
+    [("transformer.h.0.ln_1.weight", None, "transformer.h.0.ln_1.weight would be random: not in its files"),
+     ("transformer.h.1.ln_1.bias", "module.transformer.h.1.ln_1.bias", "which have module.transformer.h.1.ln_1.bias")],
+    ids=["lacking", "renamed"],
+)  # fmt: skip
+def test_weights_that_would_be_made_up_are_refused(
+    name: str, other: str | None, says: str, base: Path, command: Command, tmp_path: Path
+) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights |= {other: weights[name]} if other else {}
+    save_file(
+        {key: value for key, value in weights.items() if key != name}, copy / "model.safetensors", {"format": "pt"}
+    )
+    result = command("train", *words(copy, tmp_path / "o"))
+    assert result.code == 1 and says in result.err.replace("\n", " "), result.err
+
+
+def test_weights_without_a_place_are_named(base: Path, command: Command, tmp_path: Path) -> None:
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    weights = load_file(copy / "model.safetensors") | {"transformer.h.0.extra": torch.ones(1)}
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    result = command("train", *words(copy, tmp_path / "o"), "schedule.iterations=1", "evaluation=none")
+    assert result.code == 0 and "no place for transformer.h.0.extra" in result.err, result.err
 
 
 @pytest.mark.parametrize(

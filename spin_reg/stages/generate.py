@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from spin_reg import durable, iterates, sampling, tables, vllm_engine
+from spin_reg import durable, iterates, sampling, tables, trial, vllm_engine
 from spin_reg.context import Context
 from spin_reg.fingerprint import seed_of
 from spin_reg.generation import Backend
 from spin_reg.packing import Group, cut, lengths
+from spin_reg.products import plainly
 from spin_reg.sampling import Answer
-from spin_reg.scorer import Scorer
+from spin_reg.scorer import Scorer, architecture
 from spin_reg.settings import Dtype, Hardware, Precision
 from spin_reg.specs import GenerateSpec, Split
 from spin_reg.tables import Row, Rows
@@ -24,6 +26,8 @@ from spin_reg.tables import Row, Rows
 SHARD = 256  # rows; what a kill costs at most, and the border that no batch crosses
 ENGINE = "engine.json"  # which program drew, where it was not this one
 SHORT = 32  # tokens of an answer up to which its log-probs are the scorer's, not those it was drawn with
+TRIED = 8  # tokens that a new architecture draws before its first answers
+_tried: set[str] = set()
 Draw = Callable[[Sequence[Row], Callable[[int], None]], Sequence[Answer]]  # (prompts, told how many are ready)
 
 
@@ -75,6 +79,7 @@ def by_transformers(
     loaded = iterates.load(inputs["model"], spec.policy)
     model = loaded.model.to(accelerator.device)
     scorer = Scorer(model).eval() if spec.scored else None
+    _try_out(model)
 
     def draw(some: Sequence[Row], ready: Callable[[int], None]) -> list[Answer]:
         names = [row["example_id"] for row in some]
@@ -95,6 +100,26 @@ def by_transformers(
 
     with accelerator.autocast():  # around all of it, so that weights are cast once
         yield draw, loaded.tokenizer
+
+
+def _try_out(model: PreTrainedModel) -> None:
+    """Once a process for every architecture, since one whose cache is read otherwise gives wrong answers, and no error.
+
+    Raises:
+        ConfigError: see `trial.draws`.
+    """
+    kept = architecture(model)
+    if kept in _tried:
+        return
+
+    def draw(prompts: Sequence[Sequence[int]]) -> list[trial.Answered]:
+        points = torch.stack([sampling.uniforms(0, 0, str(len(prompt)), Split.train, TRIED) for prompt in prompts])
+        drawn = sampling.sample(model, prompts, points, ends=(), temperature=1.0, top_p=1.0)
+        return [(answer.ids, answer.logprobs) for answer in drawn]
+
+    with plainly(), torch.autocast(model.device.type, enabled=False):
+        trial.draws(model, type(model).__name__, draw)
+    _tried.add(kept)
 
 
 @torch.no_grad()  # not inference mode, in which autocast keeps no cast weight

@@ -35,10 +35,10 @@ class Mirror(Protocol):
     """An open tracker, which takes rows by index, in order, each at most once.
 
     Attributes:
-        first: the index from which on rows are sent; the tracker has those before. place: where they go, for people.
+        sent: how many rows were sent; what the tracker has already is not. place: where they go, for people.
     """
 
-    first: int
+    sent: int
     place: str
 
     def log(self, index: int, row: dict[str, Any]) -> None:
@@ -99,7 +99,11 @@ class Background:
 
 
 class WandbMirror:
-    """One Weights & Biases run: its id is kept in the run folder before init, its steps are the lines' indices."""
+    """One Weights & Biases run: its id is kept in the run folder before init, with the rows that it has, by step.
+
+    Its steps only grow, while a row may come late: of an evaluation that was asked for afterwards, or done again. Such
+    rows have the next steps.
+    """
 
     def __init__(self, root: Path, tracker: Wandb, settings: dict[str, Any]) -> None:
         import wandb
@@ -121,7 +125,9 @@ class WandbMirror:
             reinit="create_new",  # the tracker of a sweep's last point may still be at it
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
-        self.first = int(self._run.starting_step or 0)
+        self.sent, self._first = 0, int(self._run.starting_step or 0)
+        self._there = _there(root)[: self._first]  # the rest of it never arrived
+        self._known = set(self._there)
         self.place = f"W&B, offline, in {self._run.sync_dir}" if self._run.offline else f"W&B, {self._run.url}"
         for prefix in ("sft", "train"):
             self._run.define_metric(f"{prefix}/*", step_metric="step_in_all")
@@ -132,12 +138,24 @@ class WandbMirror:
         if "iterate" in row:
             self._judged[row["iterate"]] = self._judged.get(row["iterate"], {}) | row  # a judge's row comes after
             self._artifact(row["iterate"])  # it has no step, and W&B keeps equal ones once
-        if index < self.first:
+        key = digest(row)[:16]
+        if key in self._known:
+            return
+        step = len(self._there)
+        self._there.append(key)
+        self._known.add(key)
+        if step < self._first:  # nobody noted what was sent: then it was the first rows
             return
         payload = dict(row) | {"step_in_all": index}
         if "iterate" in row and "task" not in row:  # a benchmark's row has none
             payload |= self._samples(row["iterate"]) | self._iterates()
-        self._run.log(payload, step=index)
+        self._run.log(payload, step=step)
+        self.sent += 1
+        if "iterate" in row:
+            self._note()
+
+    def _note(self) -> None:
+        durable.write_json(self._root / WANDB_FILE, {"id": wandb_id(self._root), "rows": self._there})
 
     def _samples(self, k: int) -> dict[str, Any]:
         """The table of sample generations of an iterate, beside its metrics."""
@@ -170,7 +188,16 @@ class WandbMirror:
             self._run.log_artifact(artifact)
 
     def close(self, exit_code: int) -> None:
+        self._note()
         self._run.finish(exit_code=exit_code)
+
+
+def _there(root: Path) -> list[str]:
+    """What is on record of the rows at W&B, in the order of their steps."""
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads((root / WANDB_FILE).read_bytes()).get("rows", [])
+        return [str(key) for key in found] if isinstance(found, list) else []
+    return []
 
 
 def wandb_id(root: Path) -> str:
@@ -199,7 +226,7 @@ def _has_login() -> bool:
 class AccelerateMirror:
     """Any tracker that Accelerate knows (tensorboard and others), by its name there."""
 
-    first = 0
+    sent = 0
 
     def __init__(self, root: Path, name: str, settings: dict[str, Any]) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -217,6 +244,7 @@ class AccelerateMirror:
 
     def log(self, index: int, row: dict[str, Any]) -> None:
         self._tracker.log(row, step=index)
+        self.sent += 1
 
     def close(self, exit_code: int) -> None:
         self._tracker.finish()
@@ -293,7 +321,7 @@ def replay(metrics: Path, tracker: Tracker, settings: dict[str, Any]) -> str:
         todo = "mend it and run the same command again, or give another tracker=..."
         raise SpinRegError("The tracker failed.", where=f"tracker={tracker.name}", why=why, todo=todo) from error
     _unclosed.discard(token)
-    return f"{max(0, len(rows) - opened.first)} of {len(rows)} rows sent to {opened.place}"
+    return f"{opened.sent} of {len(rows)} rows sent to {opened.place}"
 
 
 def leave(code: int) -> NoReturn:

@@ -131,13 +131,17 @@ def test_wandb_offline_after_a_resume_holds_the_whole_history_under_one_id(tmp_p
 class Fake:
     """A tracker that keeps what it is told, and does `act` first when it is asked to `place` (open, log or close)."""
 
-    first, place = 0, "the fake"
+    place = "the fake"
 
     def __init__(self, trouble: str = "", act: Callable[[], object] = lambda: None) -> None:
         self._trouble, self._act = trouble, act
         self.asked: list[str] = []
         self.rows: list[int] = []
         self.codes: list[int] = []
+
+    @property
+    def sent(self) -> int:
+        return len(self.rows)
 
     def _meet(self, method: str) -> None:
         self.asked.append(method)
@@ -368,6 +372,37 @@ def test_wandb_gets_what_it_lacks_and_every_model(tmp_path: Path, monkeypatch: p
     assert run.artifacts == [(f"{tmp_path.name}-iterate-{k:02d}", f"iterate-{k:02d}") for k in (0, 1)]
     assert asked["id"] == json.loads((tmp_path / "wandb.json").read_text())["id"] and asked["config"] == {"seed": 0}
     assert asked["mode"] is None and asked["reinit"] == "create_new"
+
+
+def test_rows_that_come_late_have_later_steps_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that is asked for afterwards stands between rows that W&B has; it takes what came of a killed run's
+    rows from how far it got, and what an older version sent for the first rows."""
+    there: list[dict[str, Any]] = []
+    stub = SimpleNamespace(Settings=dict, Table=lambda columns, data: None)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+
+    def sent(rows: list[dict[str, Any]], arrive: int = 99) -> str:
+        run = StubRun()
+        run.starting_step = len(there)
+        stub.init = lambda **given: run
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = tracking.replay(tmp_path / "metrics.jsonl", Wandb(), {})
+        for payload in run.sent[:arrive]:
+            assert payload["_step"] == len(there)  # a smaller one would be dropped
+            there.append({key: payload[key] for key in payload if key in ("train/loss", "eval/heldout_nll")})
+        return said.partition(" rows")[0]
+
+    losses = [{"step": i, "train/loss": i / 8} for i in range(4)]
+    judged = [{"iterate": k, "eval/heldout_nll": k / 4} for k in range(2)]
+    assert sent(losses, arrive=3) == "4 of 4"
+    assert sent([judged[0], *losses, judged[1]], arrive=1) == "3 of 6"
+    assert sent([judged[0], *losses, judged[1]]) == "2 of 6" and sent([judged[0], *losses, judged[1]]) == "0 of 6"
+    given = [{key: row[key] for key in row if "/" in key} for row in (*losses[:3], judged[0], losses[3], judged[1])]
+    assert there == given
+    (tmp_path / "wandb.json").write_text(json.dumps({"id": "0" * 16}))  # as it was before rows stood in it
+    more = {"step": 4, "train/loss": 1.0}
+    assert sent([judged[0], *losses, judged[1], more]) == "1 of 7" and there[-1] == {"train/loss": 1.0}
 
 
 @pytest.mark.parametrize(

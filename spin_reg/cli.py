@@ -105,10 +105,10 @@ def _resume(program: str, words: list[str]) -> int:
 
 
 def _evaluate(program: str, words: list[str]) -> int:
-    from spin_reg.runs import words_of
+    from spin_reg.runs import names_a_folder, words_of
 
     task = partial(_run, typed=[program, "evaluate", *words], only_evaluate=True)
-    if not words or words[0].startswith("-") or "=" in words[0]:
+    if not names_a_folder(words):
         return _compose(program, words, task, verb="evaluate")
     switched_off = [word for word in words_of("evaluate", words) if word != "evaluation=none" or word in words]
     return _compose(program, switched_off, partial(task, again=True), verb="evaluate")

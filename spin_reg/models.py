@@ -89,7 +89,9 @@ def _tiny(spec: Tiny, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(spec.init_seed)
         model = LlamaForCausalLM(config)
-    return model.to(_dtype(spec))
+    for weight in model.parameters():  # not all of the model: frequencies of positions stay in float32, as when loaded
+        weight.data = weight.data.to(_dtype(spec))
+    return model
 
 
 def _dtype(spec: Model) -> torch.dtype:

@@ -14,6 +14,12 @@ from spin_reg.errors import ConfigError, RunBusy, SpinRegError
 YES = "--yes"
 
 
+def names_a_folder(words: Sequence[str]) -> bool:
+    """Whether the first word is a run's folder, and no flag or setting."""
+    first = words[0] if words else "-"
+    return not first.startswith("-") and ("=" not in first or Path(first).expanduser().is_dir())
+
+
 def words_of(verb: str, words: Sequence[str]) -> list[str]:
     """The words a run began with, then the ones given now, then the place of its folder.
 
@@ -22,7 +28,7 @@ def words_of(verb: str, words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: the first word is no run's folder. DamagedError: its run.json is damaged.
     """
-    if not words or words[0].startswith("-") or "=" in words[0]:
+    if not names_a_folder(words):
         raise ConfigError(
             "Which run?", where=f"spin-reg {verb}", why="no folder was given", todo=f"spin-reg {verb} RUN"
         )
@@ -58,9 +64,7 @@ def gc(words: Sequence[str], conf: Path) -> int:
     Raises:
         ConfigError: a word that gc does not take, or no such folder.
     """
-    unknown = [
-        w for w in words if (w.startswith("-") and w != YES) or ("=" in w and not w.startswith("keep_iterates="))
-    ]
+    unknown = [w for w in words if w != YES and not w.startswith("keep_iterates=") and not names_a_folder([w])]
     if unknown:
         raise ConfigError(
             "gc does not take this.",
@@ -68,8 +72,8 @@ def gc(words: Sequence[str], conf: Path) -> int:
             why="it takes a folder, keep_iterates=needed or last, and --yes",
             todo="spin-reg gc [DIR] [keep_iterates=needed] [--yes]",
         )
-    folders = [word for word in words if "=" not in word and word != YES]
-    keep = [word for word in words if "=" in word]
+    keep = [word for word in words if word.startswith("keep_iterates=")]
+    folders = [word for word in words if word not in (*keep, YES)]
     place = Path(folders[0] if folders else "outputs").expanduser().resolve()
     if not place.is_dir():
         raise ConfigError("No such folder.", where=str(place), why="it does not exist", todo="spin-reg gc DIR")

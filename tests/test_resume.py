@@ -235,17 +235,18 @@ def test_a_damaged_record_is_named_and_hides_no_other_run(content: str, train: T
 
 @pytest.mark.slow
 def test_a_run_is_resumed_from_anywhere(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
+    (tmp_path / "a=1").mkdir()
     rows = "\n".join(f'{{"prompt": "{i}?", "response": "{i}!"}}' for i in range(40))
-    (tmp_path / "a/mine.jsonl").write_text(rows)
-    monkeypatch.chdir(tmp_path / "a")
+    (tmp_path / "a=1/mine.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path / "a=1")
     words = [word for word in SMALL if "iterations" not in word]
     own = ["dataset=jsonl", "dataset.path=mine.jsonl", "run_name=run", "schedule.iterations=1"]
     assert command("train", *words, *own).code == 0
     monkeypatch.chdir(tmp_path)
-    result = command("resume", "a/outputs/run", "schedule.iterations=2")
+    result = command("resume", "a=1/outputs/run", "schedule.iterations=2")
     assert result.code == 0, result.err
-    assert (tmp_path / "a/outputs/run/iterate-02/model").is_dir()
+    assert (tmp_path / "a=1/outputs/run/iterate-02/model").is_dir()
+    assert command("evaluate", "a=1/outputs/run").code == 0 and command("gc", "a=1/outputs").code == 0
 
 
 @pytest.mark.slow

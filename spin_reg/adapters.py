@@ -41,8 +41,15 @@ def fresh(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
     with torch.random.fork_rng(), _fitting(f"model.lora.target_modules={modules}"):
         torch.manual_seed(seed_of("adapter", seed) % 2**63)
         made = get_peft_model(model, settings)
+        idle = [] if isinstance(modules, str) else [name for name in modules if not _matches(made, name)]
+        if idle:
+            raise ValueError(f"no layer is called {' or '.join(idle)}")
     _refuse_tied(made, f"model.lora.target_modules={modules}")
     return made
+
+
+def _matches(model: PeftModel, name: str) -> bool:
+    return any(f".{path}".endswith(f".{name}") for path in model.targeted_module_names)
 
 
 def _refuse_tied(model: PeftModel, where: str) -> None:

@@ -221,7 +221,7 @@ def _compose(program: str, words: list[str], task: Callable[[Any], Any], verb: s
 
     config.register()
     page = overrides.register_help(conf_dir(), verb)
-    overrides.check(words)
+    words = overrides.check(words)
     sys.argv = [program, *words]
     full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, instead of printing and exiting

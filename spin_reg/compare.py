@@ -171,9 +171,10 @@ def _seeds(runs: Sequence[Run]) -> str:
 
 def _cells(row: Row) -> list[str]:
     star = ""
-    if row.a and row.b and row.metric in metrics.HEALTHY and row.a.mean != row.b.mean:
-        a, b = (metrics.badness(row.metric, found.mean) for found in (row.a, row.b))
-        star = "a" if a < b else "b"
+    if row.a and row.b and row.metric in metrics.HEALTHY:
+        other = row.b.mean if row.difference is None else row.a.mean + row.difference.mean  # paired, where that can be
+        a, b = (metrics.badness(row.metric, mean) for mean in (row.a.mean, other))
+        star = "a" if a < b else "b" if b < a else ""
     return [
         row.metric.removeprefix("eval/"),
         "0 base" if row.iterate == 0 else str(row.iterate),

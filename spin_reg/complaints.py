@@ -36,6 +36,8 @@ def config_error(error: OmegaConfBaseException) -> ConfigError:
 
 def unknown_key(key: str, known: list[str]) -> ConfigError:
     """A ConfigError that names the nearest keys."""
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    todo = "did you mean " + " or ".join(near) + "?" if near else "known here: " + ", ".join(sorted(known))
+    last = {"lr": "learning_rate"}.get(key, key.rpartition(".")[2])
+    near = [name for name in known if name.rpartition(".")[2] == last][:3]
+    near = near or difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    todo = f"did you mean {' or '.join(near)}?" if near else "`spin-reg train --help` lists all"
     return ConfigError(f"There is no setting {key}.", where=key, why="no part of the configuration has it", todo=todo)

@@ -134,18 +134,18 @@ def _refuse_unknown(cfg: DictConfig) -> None:
 
 def all_keys() -> list[str]:
     """Every key of every option of every group, for naming the nearest."""
-    keys = [f.name for f in fields(Config)]
+    found = {f.name for f in fields(Config)}
+    return sorted(found.union(*(keys_of(group, kind) for group, kinds in GROUPS.items() for kind in kinds.values())))
 
-    def walk(kind: type, prefix: str) -> None:
-        for f in fields(kind):
-            keys.append(f"{prefix}{f.name}")
-            if isinstance(f.type, type) and is_dataclass(f.type):
-                walk(f.type, f"{prefix}{f.name}.")
 
-    for group, options in GROUPS.items():
-        for kind in options.values():
-            walk(kind, f"{group}.")
-    return sorted(set(keys))
+def keys_of(group: str, kind: type) -> list[str]:
+    """Every key of an option of a group."""
+    keys = []
+    for f in fields(kind):
+        keys.append(f"{group}.{f.name}")
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            keys += keys_of(keys[-1], f.type)
+    return keys
 
 
 def _check_run_name(name: str | None) -> None:

@@ -129,7 +129,7 @@ def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None
         screen.console.print(text, markup=False, soft_wrap=True)
 
     if not planned.stages:
-        say(f"{planned.root} has no iterate to evaluate.")
+        say(f"{planned.root}: nothing to evaluate.")
         return
     if not planned.made:
         say(f"{planned.root} is finished: nothing to do.")

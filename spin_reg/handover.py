@@ -66,6 +66,8 @@ def write(
     if wanted not in there:
         listed = ", ".join(map(str, there)) or "none"
         why, todo = f"with their pairs: {listed}", "spin-reg resume RUN makes what is missing"
+        if not settings.loss.plays:
+            why, todo = f"loss={settings.loss.name} has no opponent, and so no pairs", "--format hf exports an iterate"
         raise ConfigError("This iteration is not there.", where=f"{root}, --iteration {wanted}", why=why, todo=todo)
     path = there[wanted]
     made = rundir.manifest(path.parent)

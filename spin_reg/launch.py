@@ -70,6 +70,9 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     outputs = Path(settings.outputs).expanduser().resolve()
     root = outputs / config.run_name(settings)
     saved = _saved(root)
+    if saved is None and only_evaluate:
+        todo = "spin-reg status lists runs; other settings make another folder, so give the run's folder itself"
+        raise ConfigError("This is no run.", where=str(root), why="it has no run.json", todo=todo)
     if saved is not None:
         _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
         if _played(saved) > settings.schedule.iterations:  # what was played stays part of the run

@@ -1,5 +1,6 @@
 """The iterates of a run by name: best, last, base, or a number. Reads files alone."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +35,15 @@ def iterate(root: Path, name: str, by: str | None = None) -> Named:
     there = _there(root)
     k, words = number(root, name, by)
     if k not in there:
+        path = root / f"iterate-{k:02d}" / "model"
+        path = path if path.exists() else path.parent  # a base that was used as it is
+        gone = (rundir.readable(path) or {}).get("removed")
+        again = f"rm -r {shlex.quote(str(path))}; spin-reg resume {shlex.quote(str(root))} keep_iterates=all"
         raise ConfigError(
             "This iterate is not there.",
             where=f"{root}, --iterate {name}" + (f", which is {words}" if words != name else ""),
-            why=_listed(there),
-            todo="spin-reg resume RUN makes what is missing",
+            why=("its weights were removed; " if gone else "") + _listed(there),
+            todo=f"{again} makes it again" if gone else "spin-reg resume RUN makes what is missing",
         )
     made = rundir.manifest(there[k])
     assert made is not None

@@ -9,12 +9,17 @@ from hydra.core.config_store import ConfigStore
 
 from spin_reg import manual, vetting
 from spin_reg.complaints import bad_value, config_error, unknown_key
-from spin_reg.config import Config, all_keys
+from spin_reg.config import GROUPS as CHOICES
+from spin_reg.config import Config, all_keys, keys_of
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 
 TOP = ("model", "dataset", "regularizer", "schedule", "loss", "generation", "evaluation", "tracker", "hardware")
 GROUPS = (*TOP, "experiment")
+PLACES = {  # how a group is given a path
+    "model": "model=pretrained model.name_or_path={}",
+    "dataset": "dataset=jsonl dataset.path={0}, or dataset=hub dataset.path={0}",
+}
 SHELL = {"-sc", "--shell-completion"}
 EXTRAS = {  # Hydra's plugins, by the option that chooses them
     ("hydra/launcher", "joblib"): "joblib",
@@ -22,6 +27,10 @@ EXTRAS = {  # Hydra's plugins, by the option that chooses them
     ("hydra/launcher", "submitit_slurm"): "submitit",
     ("hydra/launcher", "ray"): "ray",
     ("hydra/sweeper", "optuna"): "optuna",
+}
+FLAGS = {  # Hydra's others
+    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
+    *("--shell-completion", "-sc", "--experimental-rerun"),
 }
 VALUED = {  # Hydra's flags that a value follows
     *("--cfg", "-c", "--package", "-p", "--config-name", "-cn"),
@@ -53,11 +62,16 @@ def register_help(conf: Path, verb: str = "train") -> str:
     return page
 
 
-def check(words: Sequence[str]) -> None:
+def check(words: Sequence[str]) -> list[str]:
     """Refuse words whose key no group and no setting has, with the nearest named, before Hydra reads them; and what
-    could run code."""
+    could run code.
+
+    Returns:
+        The words, flags first: Hydra takes settings in one piece.
+    """
     if SHELL & set(words):
-        return
+        return list(words)
+    words = _flags_first(words)
     vetting.check(words, GROUPS)
     known = sorted({*all_keys(), *GROUPS})
     for before, word in zip(["", *words], words, strict=False):
@@ -76,6 +90,26 @@ def check(words: Sequence[str]) -> None:
             raise ConfigError(f"{name} must be given.", where=word, why="a run needs one", todo=f"{name}={options}")
         if name not in known:
             raise unknown_key(name, known)
+    return list(words)
+
+
+def _flags_first(words: Sequence[str]) -> list[str]:
+    flags: list[str] = []
+    rest: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("-") and _flag(word) is None:
+            near = get_close_matches(word.partition("=")[0].lstrip("-"), [*all_keys(), *GROUPS], n=1)
+            todo = f"write {near[0]}=value" if near else "`spin-reg train --help` lists all"
+            raise ConfigError("There is no such flag.", where=word, why="settings are written key=value", todo=todo)
+        (flags if word.startswith("-") or ("=" not in before and _flag(before) in VALUED) else rest).append(word)
+    return flags + rest
+
+
+def _flag(word: str) -> str | None:
+    """Hydra's flag that a word is, whole or, as argparse takes it too, begun."""
+    name = word.partition("=")[0]
+    begun = [flag for flag in FLAGS | VALUED if name.startswith("--") and flag.startswith(name)]
+    return name if name in FLAGS | VALUED else begun[0] if len(begun) == 1 else None
 
 
 def explain(error: Exception) -> SpinRegError:
@@ -84,7 +118,7 @@ def explain(error: Exception) -> SpinRegError:
     from omegaconf.errors import OmegaConfBaseException
 
     text = redacted(str(error))  # before any of it is cut, which would hide half a secret
-    missing = re.search(r"Could not (?:find|load) '([\w/]+)/([^']+)'", text)
+    missing = re.search(rf"Could not (?:find|load) '({'|'.join(GROUPS)}|hydra/\w+)/([^']+)'", text)
     if missing:
         return _no_option(missing[1], missing[2])
     absent = re.search(r"Key '([^']+)' is not in struct", text)
@@ -92,10 +126,10 @@ def explain(error: Exception) -> SpinRegError:
         full = re.search(r"full_key: (\S+)", text)
         return unknown_key(full[1] if full else absent[1], sorted({*all_keys(), *GROUPS}))
     cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
-        return config_error(cause)
-    if isinstance(error, OmegaConfBaseException):
-        return config_error(error)
+    of_settings = cause if isinstance(cause, OmegaConfBaseException) else error
+    if isinstance(of_settings, OmegaConfBaseException):
+        strange = re.search(r"Key '([^']+)' not in '\w+'", str(of_settings))
+        return _not_there(str(of_settings.full_key or strange[1])) if strange else config_error(of_settings)
     if isinstance(error, HydraException):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return ConfigError(
@@ -114,6 +148,16 @@ def explain(error: Exception) -> SpinRegError:
     )
 
 
+def _not_there(key: str) -> ConfigError:
+    """The error for a setting that its group's option does not have, though another may."""
+    group, _, name = key.partition(".")
+    holders = [option for option, kind in CHOICES.get(group, {}).items() if f"{group}.{name}" in keys_of(group, kind)]
+    if not holders:
+        return unknown_key(key, sorted({*all_keys(), *GROUPS}))
+    todo = f"add {' or '.join(f'{group}={option}' for option in holders)}, or leave it out"
+    return ConfigError(f"There is no setting {key} here.", where=key, why=f"the {group} chosen has none", todo=todo)
+
+
 def option_names(group: str) -> list[str]:
     """The options of a group: the YAML files of its folder in conf/."""
     from spin_reg.cli import conf_dir
@@ -128,6 +172,9 @@ def _no_option(group: str, name: str) -> ConfigError:
         why, todo = f"it is in an extra that is not here: {extra}", f"pip install spin-reg[{extra}]"
         return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why=why, todo=todo)
     near = get_close_matches(name, options, n=1, cutoff=0.4)
+    if group in PLACES and "/" in name:
+        todo = f"a path or a name of the Hub is given by {PLACES[group].format(name)}"
+        return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)
     todo = (f"did you mean {group}={near[0]}? " if near else "") + f"{group} takes: {', '.join(options)}"
     return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)
 

@@ -85,6 +85,11 @@ def test_an_adapter_on_the_head_is_scored_and_trained_though_the_base_was_read_p
     assert head.grad is not None and head.grad.abs().max() > 0
 
 
+def test_a_name_that_is_no_layers_is_refused_beside_good_ones(base: Path) -> None:
+    with pytest.raises(ConfigError, match="no layer is called v_porj"):
+        adapters.fresh(AutoModelForCausalLM.from_pretrained(base), Lora(rank=2, target_modules=["q_proj", "v_porj"]), 0)
+
+
 @pytest.mark.parametrize("modules", [["lm_head"], ["embed_tokens", "q_proj"]])
 def test_an_adapter_that_a_merge_would_spread_over_tied_embeddings_is_refused(modules: list[str]) -> None:
     shape: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

@@ -72,6 +72,16 @@ def test_a_list_whose_last_value_repeats_is_the_same_setting() -> None:
 
 BAD = [
     (["regularizer.alfa=0.3"], "regularizer.alpha"),
+    (["beta=0.1"], "did you mean schedule.beta?"),
+    (["lr=1e-5"], "schedule.learning_rate"),
+    (["zzzz=1"], "`spin-reg train --help` lists all"),
+    (["dataset.path=x.jsonl"], "add dataset=jsonl or dataset=hub"),
+    (["model.lora.rank=8"], "add model=pretrained"),
+    (["regularizer=fictitious_play", "regularizer.alpha=0.5"], "add regularizer=kl"),
+    (["model=/some/where"], "model=pretrained model.name_or_path=/some/where"),
+    (["dataset=a/b"], "dataset=hub dataset.path=a/b"),
+    (["--alpha", "0.5"], "alpha=value"),
+    (["alpha=0.5", "--verbose"], "There is no such flag"),
     (["regularizr=kl"], "regularizer"),
     (["scedule.beta=1"], "schedule.beta"),
     (["+schedule.betta=1"], "schedule.beta"),

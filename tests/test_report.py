@@ -129,6 +129,23 @@ def test_ticks_are_few_round_and_inside() -> None:
     assert svg.number(-0.00001) == "0.000" and svg.number(-12.345) == "−12.35" and svg.number(1234.5) == "1234"
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "said"),
+    [
+        ("model.lora.alpha", (2, 8), "lora.alpha 2"),
+        ("model.sft.learning_rate", (1e-2, 1e-3), "sft.learning_rate 0.01"),
+        ("model.sft.batch_size", (32, 8), "sft.batch_size 32"),
+        ("dataset.seed", (0, 1), "dataset.seed 0"),
+        ("loss.name", ("ipo", "logistic"), "loss ipo"),
+        ("schedule.beta", (0.1, 1.0), "beta 0.1"),
+    ],
+)
+def test_a_label_names_one_setting_and_no_other(key: str, values: tuple[Any, Any], said: str) -> None:
+    shared = {"regularizer._choice": "kl", "regularizer.alpha": 0.5, "seed": 0, "schedule.learning_rate": 0.1}
+    shared |= {"loss.name": "logistic", "schedule.batch_size": 8, "dataset._choice": "toy", "schedule.beta": 1}
+    assert groups.label([shared | {key: value} for value in values])[0] == f"kl 0.5, {said}"
+
+
 def test_names_beside_curves_never_touch_and_keep_their_order() -> None:
     for n in (1, 2, 5, 12):
         wanted = sorted(RNG.uniform(0, 200, size=n))

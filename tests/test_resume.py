@@ -216,6 +216,11 @@ def test_asking_for_fewer_iterations_takes_nothing_away(train: Train, command: C
 
 
 @pytest.mark.slow
+def test_to_evaluate_what_was_never_begun_is_refused(command: Command, tmp_path: Path) -> None:
+    result = command("evaluate", *SMALL, f"outputs={tmp_path / 'o'}")
+    assert result.code == 2 and "This is no run" in result.err and not (tmp_path / "o").exists()
+
+
 def test_evaluate_needs_no_word_but_the_run(train: Train, command: Command) -> None:
     root = train("evaluation=none", "schedule.iterations=1")
     assert command("evaluate", str(root)).code == 0

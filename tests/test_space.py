@@ -1,5 +1,7 @@
 """How much disk a run takes: estimated before it begins, and given back when nothing needs it."""
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +114,16 @@ def test_removals_that_would_hurt_are_refused(words: list[str], command: Command
     result = command("train", *SMALL[1:], *words, f"outputs={tmp_path / 'o'}")
     assert result.code == 2 and "keep_iterates" in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_were_removed_come_again_as_it_is_told(train: Train, command: Command) -> None:
+    root = train("alpha=0.5", "keep_iterates=last")
+    told = command("export", str(root), "--iterate", "1", "--to", str(root.parent / "x")).err
+    said = re.search(r"to do: rm -r (\S+); spin-reg (resume .*) makes it again", told)
+    assert said and "its weights were removed" in told, told
+    shutil.rmtree(said[1])
+    assert command(*said[2].split()).code == 0
+    assert command("export", str(root), "--iterate", "1", "--to", str(root.parent / "x")).code == 0
 
 
 def test_what_needs_removed_weights_makes_them_again(train: Train, command: Command, tmp_path: Path) -> None:

@@ -103,9 +103,20 @@ def label(settings: Sequence[Settings]) -> list[str]:
         for key in mine:
             beside = same if key.startswith("regularizer.") else settings
             if key not in (SEED, CHOICE, ALPHA) and len({canonical(other.get(key)) for other in beside}) > 1:
-                words.append(f"{key.rpartition('.')[2].replace('_choice', key.partition('.')[0])} {_short(mine[key])}")
+                words.append(f"{_called(key, settings)} {_short(mine[key])}")
         made.append(", ".join(words))
     return made
+
+
+def _called(key: str, settings: Sequence[Settings]) -> str:
+    """As little of a key's end as no other key has; `alpha` and `seed` alone are the regularizer's and the run's."""
+    parts = key.removesuffix("._choice").removesuffix(".name").split(".")
+    every = {other.removesuffix("._choice").removesuffix(".name") for some in settings for other in some}
+    for n in range(1, len(parts)):
+        tail = ".".join(parts[-n:])
+        if tail not in ("alpha", "seed") and sum(f".{other}".endswith(f".{tail}") for other in every) == 1:
+            return tail
+    return ".".join(parts)
 
 
 def _short(value: Any) -> str:

@@ -68,8 +68,7 @@ def tasks(asked: Evaluation, recorded: Mapping[str, str]) -> dict[str, TaskFiles
     if not names:
         return {}
     own = [] if asked.include_path is None else [_Shelf(_folder(asked.include_path), "include_path")]
-    package = find_spec("lm_eval")
-    places = [] if package is None else [Path(place) / "tasks" for place in package.submodule_search_locations or ()]
+    places = _places()
     library = _Library([*own, *(_Shelf(place, "lm_eval") for place in places)])
     found: dict[str, TaskFiles] = {}
     for name in names:
@@ -84,6 +83,18 @@ def tasks(asked: Evaluation, recorded: Mapping[str, str]) -> dict[str, TaskFiles
         where = f"evaluation.include_path={asked.include_path}"
         raise ConfigError("This folder has none of the tasks.", where=where, why=why, todo="leave it out, or name them")
     return found
+
+
+def as_it_is(name: str, include_path: str | None) -> TaskFiles:
+    """What a benchmark that is there is by content now."""
+    own = [] if include_path is None else [_Shelf(_folder(include_path), "include_path")]
+    return _Library([*own, *(_Shelf(place, "lm_eval") for place in _places())]).files(name)
+
+
+def _places() -> list[Path]:
+    """The folders of lm-eval's own tasks."""
+    package = find_spec("lm_eval")
+    return [] if package is None else [Path(place) / "tasks" for place in package.submodule_search_locations or ()]
 
 
 def _folder(path: str) -> Path:

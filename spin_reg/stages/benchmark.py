@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from spin_reg import child, durable, harness, iterates
-from spin_reg.benchmarks import Benchmark, Evaluation
 from spin_reg.context import Context
 from spin_reg.errors import DataError, SpinRegError
 from spin_reg.specs import BenchmarkSpec
@@ -82,8 +81,7 @@ def environment(spec: BenchmarkSpec) -> dict[str, str]:
 
 def _unchanged(spec: BenchmarkSpec) -> None:
     """Files of the task that were changed while it was asked make numbers of neither."""
-    asked = Evaluation(benchmarks=[Benchmark(spec.task)], include_path=spec.include_path)
-    if spec.files is not None and harness.tasks(asked, {})[spec.task].sha256 != spec.files:
+    if spec.files is not None and harness.as_it_is(spec.task, spec.include_path).sha256 != spec.files:
         raise DataError(
             "A benchmark has changed.",
             where=f"iterate {spec.k}, {spec.words}",

@@ -4,6 +4,7 @@ An adapter adds (alpha / rank) * B A x to the output of a linear layer; B begins
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +103,9 @@ def save(model: PeftModel, base: dict[str, Any], folder: Path) -> None:
 def _fitting(where: str) -> Iterator[None]:
     """What PEFT raises on an adapter that does not fit its base, as an error of ours."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # PEFT asks for it
+            yield
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ConfigError(
             "The adapter does not fit the base model.",

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spin_reg import stopping
+from spin_reg import sources, stopping
 from spin_reg.corpora import Hub, Jsonl
 from spin_reg.errors import DataError
 from spin_reg.layouts import shown
@@ -55,6 +55,8 @@ def opened(part: Jsonl | Hub) -> Iterator[Source]:
             yield Source(where, partial(_scan_list, table), lambda place: table[place])
             return
         path = Path(part.path).expanduser()
+        if not path.is_file():
+            raise sources.not_found(path)
         if path.suffix == ".parquet":
             folder = Path(stack.enter_context(stopping.temporary_folder()))
             spools: list[Spool] = []

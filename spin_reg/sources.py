@@ -256,14 +256,17 @@ def data_sha256(dataset: Dataset) -> str | None:
                 "The data file is a folder.", where=str(path), why="dataset=jsonl reads one file", todo=todo
             )
         if not path.is_file():
-            raise DataError(
-                "The data file was not found.", where=str(path), why="no such file", todo="set dataset.path"
-            )
+            raise not_found(path)
         return file_sha256(path)
     if isinstance(dataset, Hub):
         folder = Path(dataset.path)
         return folder_sha256(folder) if folder.is_dir() else hub.data_commit(dataset.path, dataset.revision)
     return None
+
+
+def not_found(path: Path) -> DataError:
+    """The error for a data file that is not there."""
+    return DataError("The data file was not found.", where=str(path), why="no such file", todo="set dataset.path")
 
 
 def stamp(source: Model | Dataset) -> Any:

@@ -160,6 +160,9 @@ def test_conversations_are_not_taken_from_data_that_changed(chats: Path, command
         result = command("export", str(chats), "--to", str(tmp_path / "pairs"), "--format", "spin")
         assert result.code == 3 and "not those of the run any more" in result.err
         assert not (tmp_path / "pairs").exists()
+        path.unlink()
+        result = command("export", str(chats), "--to", str(tmp_path / "pairs"), "--format", "spin")
+        assert result.code == 3 and "was not found" in result.err and not (tmp_path / "pairs").exists()
     finally:
         path.write_text(before)
 

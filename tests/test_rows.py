@@ -247,6 +247,7 @@ def test_whatever_pyarrow_raises_is_told(
         raise kind("a reason\nof two lines")
 
     monkeypatch.setattr(pq, "ParquetFile", broken)
+    (tmp_path / "x.parquet").touch()
     with pytest.raises(DataError) as raised:
         read(tmp_path / "x.parquet")
     assert "a reason of two lines" in raised.value.why

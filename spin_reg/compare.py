@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from spin_reg.groups import Run, Spread
 from spin_reg.launch import CONFIG
 
 SAMPLES = 3  # prompts
+SETTING = re.compile(r"\s+([\w.]+)=(\S*)\s*$")
 OWN = ("run_name", "outputs", "alpha")  # where a run lies, not how it was made; what regularizer.alpha says too
 
 
@@ -62,14 +64,23 @@ RIGHT = ("iterate", "A", "B", "B - A", "n")
 
 
 def side(text: str) -> tuple[Run, ...]:
-    """The runs that one side names, by seed.
+    """The runs that one side names, by seed: a place, and behind it settings that they have.
 
     Raises:
         ConfigError: there is none, or they differ in more than the seed. DamagedError: one is damaged.
     """
+    wanted: dict[str, str] = {}
+    while not Path(text).expanduser().exists() and (setting := SETTING.search(text)):
+        wanted[setting[1]], text = setting[2], text[: setting.start()]
     place = Path(text).expanduser()
     places = [place] if place.exists() else [Path(path) for path in sorted(glob.glob(str(place)))]
-    found = [run for path in places for root in survey.roots(path) if (run := groups.read(root)) is not None]
+    there = [run for path in places for root in survey.roots(path) if (run := groups.read(root)) is not None]
+    found = [
+        run for run in there if all(listing.means(listing.named(run.settings).get(k), v) for k, v in wanted.items())
+    ]
+    if there and not found:
+        asked = " ".join(f"{key}={value}" for key, value in wanted.items())
+        raise ConfigError("Which run?", where=text, why=f"none there has {asked}", todo="spin-reg ls lists them")
     sets = groups.grouped(found)
     if not sets:
         why = "no run.json lies there" if places else "it does not exist"
@@ -77,7 +88,8 @@ def side(text: str) -> tuple[Run, ...]:
     if len(sets) > 1:
         names = groups.differing([listing.named(runs[0].settings) for runs in sets])
         keys = ", ".join(f"{key}: {_list(values)}" for key, values in names.items() if key != groups.SEED)
-        todo = "give a pattern that takes one of them: every run of a side must be the same but for the seed"
+        key = next((key for key in names if key != groups.SEED), "key")
+        todo = f"a side is the same but for the seed: give one, as '{text} {key}={listing.said(names[key][0])}'"
         raise ConfigError("One side of a comparison is several experiments.", where=text, why=keys, todo=todo)
     return sets[0]
 

@@ -213,8 +213,8 @@ TABLE: dict[str, Verb] = {
     ),
     "compare": Verb(
         "two runs, or two sets of seeds, beside each other",
-        "A and B are each a run's folder, a folder of runs, or a pattern in quotes; several runs on one side must "
-        f"differ in the seed alone. {TABLES}",
+        "A and B are each a run's folder, a folder of runs, or a pattern in quotes, with key=value behind it where "
+        f"only some of them are meant; several runs on one side must differ in the seed alone. {TABLES}",
         (
             Word("A", "a run's folder, a folder of runs, or a pattern", kind=Kind.run),
             Word("B", "the other side", kind=Kind.run),
@@ -236,7 +236,8 @@ TABLE: dict[str, Verb] = {
                 "metrics",
                 "by iterate: mean and standard deviation over the seeds of each side (n - 1), and the difference B - "
                 "A, seed by seed over the seeds that both have (n of them): the spread of the bases, which the seed "
-                "changes too, cancels. * marks the side whose mean is better, where one side is better by itself",
+                "changes too, cancels. * marks the side that is better by it (if they share no seed, by its mean); "
+                "of some metrics neither is",
             ),
             ("samples", "answers of both to the same held-out prompts, of the first seed that both have"),
         ),
@@ -246,6 +247,7 @@ TABLE: dict[str, Verb] = {
                 "spin-reg compare 'outputs/tiny-toy-none-seed*' 'outputs/tiny-toy-kl-alpha0.5-seed*'",
                 "two sets of seeds",
             ),
+            ("spin-reg compare 'outputs schedule.beta=0.1' 'outputs schedule.beta=1'", "two arms of a sweep"),
             ("spin-reg compare A B --metric kl_data --metric kl_off --samples 0", "two metrics alone"),
         ),
     ),

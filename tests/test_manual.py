@@ -1,5 +1,7 @@
 """Every verb has its page, and what a page says is so."""
 
+import shlex
+
 import pytest
 from conftest import Command
 
@@ -34,7 +36,7 @@ def test_every_example_is_a_line_that_the_verb_takes(verb: str) -> None:
     examples = verbs.TABLE[verb].examples
     assert examples
     for line, what in examples:
-        command = line.split(" | ")[-1].split(" > ")[0].split()
+        command = shlex.split(line.split(" | ")[-1].split(" > ")[0])
         assert command[:2] == ["spin-reg", verb] and what
         if not verbs.TABLE[verb].settings and verb != "gc":  # whose keep_iterates=... is no option
             manual.parsed(verb, command[2:])

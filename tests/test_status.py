@@ -226,7 +226,12 @@ def test_two_sets_of_seeds_beside_each_other(swept: Swept, command: Command) -> 
     text = command("compare", sides[0], str(one), "--metric", "kl_data").out
     equal = next(line for line in text.splitlines() if line.startswith("kl_data\t1\t")).split("\t")
     assert equal[4:] == ["0", "1"] and "*" not in equal[2] + equal[3]  # whatever the other seed's mean is
+    some = [f"{place} alpha=0", f"{place}/* alpha=0.50"]
+    assert json.loads(command("compare", *some, "--metric", "kl_data", "--json").out)["metrics"] == found["metrics"]
+    result = command("compare", f"{place} alpha=7", sides[0])
+    assert result.code == 2 and "none there has alpha=7" in result.err
     result = command("compare", str(place), sides[0])
+    assert "alpha=0'" in result.err
     assert result.code == 2 and "alpha: 0, 0.5" in result.err
     assert command("compare", *sides, "--metric", "nonsense").code == 2
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,13 @@ def _refuse_incomplete(folder: Path, info: Mapping[str, Any]) -> None:
             todo="use whole weights, under the names that its architecture gives them",
         )
     if idle:
-        log.warning("%s: its architecture has no place for %s, which are left out", folder, _some(idle))
+        _tell_once(f"{folder}: its architecture has no place for {_some(idle)}, which are left out")
+
+
+@cache
+def _tell_once(text: str) -> None:
+    """A base is loaded again and again."""
+    log.warning("%s", text)
 
 
 def _some(names: Sequence[str]) -> str:

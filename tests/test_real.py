@@ -3,10 +3,12 @@
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Command, read_jsonl
+from filelock import FileLock
 
 from spin_reg.specs import Split
 
@@ -18,8 +20,9 @@ pytestmark = [pytest.mark.real, pytest.mark.skipif(MISSING, reason="no real mode
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder."""
-    made = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True)
+    """SmolLM2-135M-Instruct as a Hugging Face folder; made by one of the tests' processes, where it is not there."""
+    with FileLock(Path(tempfile.gettempdir(), "spin-reg-smollm2.lock")):
+        made = subprocess.run([sys.executable, str(TOOL)], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return Path(made.stdout.splitlines()[-1])
 

@@ -67,18 +67,16 @@ def tasks(asked: Evaluation, recorded: Mapping[str, str]) -> dict[str, TaskFiles
     names = [benchmark.task for benchmark in asked.benchmarks]
     if not names:
         return {}
-    own = [] if asked.include_path is None else [_Shelf(_folder(asked.include_path), "include_path")]
-    places = _places()
-    library = _Library([*own, *(_Shelf(place, "lm_eval") for place in places)])
+    library, installed = _library(asked.include_path), find_spec("lm_eval") is not None
     found: dict[str, TaskFiles] = {}
     for name in names:
         if library.has(name):
             found[name] = library.files(name)
-        elif places:
+        elif installed:
             raise _unknown(name, library, asked.include_path)
         else:
             found[name] = TaskFiles(recorded.get(name))
-    if own and not any(label == "include_path" for label in library.opened):
+    if asked.include_path is not None and not any(label == "include_path" for label in library.opened):
         why = f"none of {', '.join(names)} lies in it, so it has no effect"
         where = f"evaluation.include_path={asked.include_path}"
         raise ConfigError("This folder has none of the tasks.", where=where, why=why, todo="leave it out, or name them")
@@ -87,14 +85,15 @@ def tasks(asked: Evaluation, recorded: Mapping[str, str]) -> dict[str, TaskFiles
 
 def as_it_is(name: str, include_path: str | None) -> TaskFiles:
     """What a benchmark that is there is by content now."""
+    return _library(include_path).files(name)
+
+
+def _library(include_path: str | None) -> "_Library":
+    """The user's tasks, and those of lm-eval where it is installed."""
     own = [] if include_path is None else [_Shelf(_folder(include_path), "include_path")]
-    return _Library([*own, *(_Shelf(place, "lm_eval") for place in _places())]).files(name)
-
-
-def _places() -> list[Path]:
-    """The folders of lm-eval's own tasks."""
     package = find_spec("lm_eval")
-    return [] if package is None else [Path(place) / "tasks" for place in package.submodule_search_locations or ()]
+    places = [] if package is None else package.submodule_search_locations or ()
+    return _Library([*own, *(_Shelf(Path(place) / "tasks", "lm_eval") for place in places)])
 
 
 def _folder(path: str) -> Path:

@@ -76,7 +76,7 @@ def check(words: Sequence[str]) -> list[str]:
     known = sorted({*all_keys(), *GROUPS})
     for before, word in zip(["", *words], words, strict=False):
         key, equals, _ = word.lstrip("+~").partition("=")
-        if before in VALUED or word.startswith("-") or key.startswith(("hydra", "/")):
+        if _takes_a_value(before) or word.startswith("-") or key.startswith(("hydra", "/")):
             continue
         if not equals and not word.startswith("~"):
             if re.fullmatch(r"[\w.]+", word):
@@ -101,8 +101,13 @@ def _flags_first(words: Sequence[str]) -> list[str]:
             near = get_close_matches(word.partition("=")[0].lstrip("-"), [*all_keys(), *GROUPS], n=1)
             todo = f"write {near[0]}=value" if near else "`spin-reg train --help` lists all"
             raise ConfigError("There is no such flag.", where=word, why="settings are written key=value", todo=todo)
-        (flags if word.startswith("-") or ("=" not in before and _flag(before) in VALUED) else rest).append(word)
+        (flags if word.startswith("-") or _takes_a_value(before) else rest).append(word)
     return flags + rest
+
+
+def _takes_a_value(word: str) -> bool:
+    """Whether the next word is this one's."""
+    return "=" not in word and _flag(word) in VALUED
 
 
 def _flag(word: str) -> str | None:

@@ -148,6 +148,13 @@ def test_a_bad_setting_exits_2_names_the_way_out_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", ["-m seed=0,1 alpha=0.3", "seed=0,1 alpha=0.3 -m", "seed=0,1 --multirun alpha=0.3"])
+def test_flags_may_stand_anywhere(words: str, command: Command, tmp_path: Path) -> None:
+    result = command("plan", *words.split(), f"outputs={tmp_path / 'o'}")
+    assert result.code == 0, result.err
+    assert [seed in result.out for seed in ("alpha0.3-seed0-", "alpha0.3-seed1-", "seed2")] == [True, True, False]
+
+
 @pytest.mark.parametrize("loss_ok", ["regularizer=none", "regularizer=fictitious_play", "alpha=0", "alpha=1"])
 def test_length_norm_goes_with_normalised_references(loss_ok: str) -> None:
     assert composed(loss_ok, "loss.length_norm=mean").loss.length_norm == "mean"

@@ -64,6 +64,9 @@ def exported(command: Command, root: Path, to: Path, *words: str) -> str:
 
 def test_the_card_says_what_the_run_was(run: Path, command: Command, tmp_path: Path) -> None:
     text = exported(command, run, tmp_path / "mine", "--iterate", "best", "--by", "heldout_nll", "--license", "mit")
+    (tmp_path / "another").touch()  # who may read that may read these
+    modes = {path.stat().st_mode for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "another").stat().st_mode}
     head = ModelCard(text).data
     assert (head.license, head.library_name, head.pipeline_tag) == ("mit", "transformers", "text-generation")
     assert head.base_model is None and "kl" in head.tags

@@ -43,23 +43,22 @@ def check(spec: PrepareSpec, context: Context) -> dict[Split, int]:
 
     try:
         splits, summary = data.prepare(pinned(spec.dataset, spec.source), tokenizer, ends, progress, store)
+        _refuse_changed(spec)
     except BaseException:
         folder.cleanup()
         raise
-    _unchanged(spec, folder)
     for part, source in zip(summary.get("parts", []), str(spec.source).split(","), strict=False):
         part["revision_or_sha256"] = source
     _checked[digest(spec)] = splits, summary, folder
     return {split: len(rows) for split, rows in splits.items()}
 
 
-def _unchanged(spec: PrepareSpec, folder: TemporaryDirectory[str]) -> None:
+def _refuse_changed(spec: PrepareSpec) -> None:
     if not isinstance(spec.dataset, Corpus):
         return
     for part, expected in zip(parts(spec.dataset), str(spec.source).split(","), strict=True):
         local = isinstance(part, Jsonl) or Path(part.path).is_dir()
         if local and sources.data_sha256(part) != expected:
-            folder.cleanup()
             raise DataError(
                 "The data have changed.",
                 where=part.path,

@@ -29,8 +29,9 @@ def load(run: Path, k: int) -> Any:
     if not record.exists():
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     saved = json.loads(record.read_text())
+    place = json.loads((run / "run.json").read_text())["settings"]["model.name_or_path"]  # by now
     file = {"gguf_file": saved["gguf_file"]} if "gguf_file" in saved else {}
-    model = AutoModelForCausalLM.from_pretrained(saved["name"], revision=saved["revision"], dtype="auto", **file)
+    model = AutoModelForCausalLM.from_pretrained(place, revision=saved["revision"], dtype="auto", **file)
     if (folder / "adapter_config.json").exists():
         from peft import PeftModel
 

@@ -130,12 +130,12 @@ def _sync(program: str, words: list[str]) -> int:
 
 def _replay(cfg: Any) -> None:
     from spin_reg import config, rundir, runner, tracking
-    from spin_reg.fingerprint import plain
+    from spin_reg.fingerprint import flatten, plain
 
     settings = config.load(cfg, sweep=True)  # as lenient as any command that made it
     root = Path(settings.outputs) / config.run_name(settings)
     with rundir.owned(root):
-        print(tracking.replay(root / runner.METRICS, settings.tracker, config.flatten(plain(settings))))
+        print(tracking.replay(root / runner.METRICS, settings.tracker, flatten(plain(settings))))
 
 
 def _export(program: str, words: list[str]) -> int:

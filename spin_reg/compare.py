@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from spin_reg import groups, listing, manual, metrics, named, rundir, sheet, survey
-from spin_reg.config import flatten
 from spin_reg.console import COLUMNS
 from spin_reg.errors import ConfigError
+from spin_reg.fingerprint import flatten
 from spin_reg.groups import Run, Spread
 from spin_reg.launch import CONFIG
 

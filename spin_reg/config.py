@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spin_reg import benchmarks, corpora, redact, settings
 from spin_reg.complaints import bad_value, config_error, holds_a_secret, unknown_key
-from spin_reg.fingerprint import digest, identity, plain
+from spin_reg.fingerprint import digest, flatten, identity, plain
 from spin_reg.generation import Generation, check_engine
 from spin_reg.metrics import EXACT_MATCH, HEALTHY, KNOWN_LANGUAGE, Healthy
 from spin_reg.opponents import Regularizer, normalised
@@ -291,7 +291,7 @@ OUTSIDE_IDENTITY = ("schedule.iterations", "evaluation", "tracker", "alpha", "ru
 
 def identity_settings(config: Config) -> dict[str, Any]:
     """The result-changing settings as a flat {dotted key: value}; what two runs must share to be the same run."""
-    tree = _with_choices(config, identity(config))
+    tree = _with_choices(config, identity(config, places=True))
     return {k: v for k, v in flatten(tree).items() if not k.startswith(OUTSIDE_IDENTITY)}
 
 
@@ -304,14 +304,6 @@ def _with_choices(config: Config, tree: dict[str, Any]) -> dict[str, Any]:
 def choice(group: str, value: Any) -> str:
     """The name under which a group's option stands in conf/."""
     return next(name for name, kind in GROUPS[group].items() if kind is type(value))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as {dotted key: leaf}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def run_name(config: Config) -> str:

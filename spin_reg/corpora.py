@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from spin_reg.settings import MISSING, check, positive
+from spin_reg.settings import MISSING, check, place, positive
 
 
 class Generated(StrEnum):
@@ -94,14 +94,14 @@ class Corpus(Dataset):
 class Jsonl(Corpus):
     """A local .jsonl, .json or .parquet file."""
 
-    path: str = MISSING
+    path: str = place(MISSING)
 
 
 @dataclass
 class Hub(Corpus):
     """A data set of the Hugging Face Hub at a revision, or a folder laid out like one."""
 
-    path: str = MISSING
+    path: str = place(MISSING)
     subset: str | None = None
     revision: str | None = None
     split: str = "train"

@@ -32,22 +32,31 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no stable text, so it cannot be part of an identity")
 
 
-def identity(value: Any) -> Any:
+def identity(value: Any, *, places: bool = False) -> Any:
     """`plain`, without the dataclass fields marked `metadata={"runtime": True}`: those do not change results.
 
-    Nor are fields marked `later` a part of it while they are at their default: they came after it.
+    Nor are fields marked `later` a part of it while they are at their default: they came after it; nor those marked
+    `place`, unless `places` are asked for: what lies there has a hash.
     """
     if type(value) in PLAIN:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = (f for f in dataclasses.fields(value) if not f.metadata.get("runtime"))
-        named = ((f, getattr(value, f.name)) for f in fields)
-        return {f.name: identity(v) for f, v in named if not (f.metadata.get("later") and v == f.default)}
+        left_out = {"runtime"} if places else {"runtime", "place"}
+        named = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if not left_out & f.metadata.keys())
+        return {f.name: identity(v, places=places) for f, v in named if not ("later" in f.metadata and v == f.default)}
     if isinstance(value, list | tuple):
-        return [identity(v) for v in value]
+        return [identity(v, places=places) for v in value]
     if isinstance(value, dict):
-        return {str(k): identity(v) for k, v in value.items()}
+        return {str(k): identity(v, places=places) for k, v in value.items()}
     return plain(value)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {dotted key: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def canonical(value: Any) -> str:

@@ -77,7 +77,8 @@ def _not_found(model: Pretrained, error: Exception) -> ConfigError:
         "The model was not found.",
         where=f"model.name_or_path={model.name_or_path}",
         why=f"there is no folder {here}, and the Hub answered {type(error).__name__}: {first_line(error)}",
-        todo="give a local folder, or a Hub name (and model.revision) that this machine can reach",
+        todo="give a local folder, or a Hub name (and model.revision) that this machine can reach; a run whose base "
+        "was moved is told so once: spin-reg resume RUN model.name_or_path=FOLDER",
     )
 
 

@@ -16,7 +16,7 @@ from spin_reg.errors import DamagedError
 from spin_reg.fingerprint import file_sha256
 from spin_reg.models import Loaded
 from spin_reg.settings import Hardware, Lora, Precision, Pretrained
-from spin_reg.specs import Policy
+from spin_reg.specs import BenchmarkSpec, Policy
 
 BASE_FILE, ADAPTER = "base.json", "adapter_config.json"
 _held: dict[str, Loaded] = {}  # the one model in memory, by what its weights are; an adapter may be on it
@@ -94,29 +94,29 @@ def make_room() -> None:
 
 def _from_iterate(folder: Path, policy: Policy, as_stored: bool) -> Loaded:
     """The model of an iterate's folder, or the base that its base.json names, without an adapter."""
-    where, gguf_file, renders = _files(folder, policy.trust_remote_code)
+    where, gguf_file, renders = _files(folder, policy)
     tokenizer = models.tokenizer_of(where, policy.trust_remote_code, gguf_file, **renders)
     return models.ready(models.from_folder(where, policy, gguf_file, as_stored=as_stored), tokenizer)
 
 
-def _files(folder: Path, trusted: bool) -> tuple[Path, str | None, dict[str, Any]]:
+def _files(folder: Path, policy: Policy) -> tuple[Path, str | None, dict[str, Any]]:
     """Where an iterate's model lies, or its base's, the GGUF file there if it is one, and how its tokenizer renders."""
     if not (folder / BASE_FILE).exists():
         return folder, None, {}
-    where, saved = _base_folder(folder / BASE_FILE, trusted)
+    where, saved = _base_folder(folder / BASE_FILE, policy)
     renders: dict[str, Any] = {key: saved[key] for key in ("chat_template", "template_kwargs") if key in saved}
     return where, saved.get("gguf_file"), renders
 
 
 def reader(folder: Path, policy: Policy) -> tuple[PreTrainedTokenizerBase, tuple[int, ...]]:
     """The tokenizer of an iterate, and the token ids that end an answer, as `load` gives them, without the weights."""
-    where, gguf_file, renders = _files(folder, policy.trust_remote_code)
+    where, gguf_file, renders = _files(folder, policy)
     tokenizer = models.tokenizer_of(where, policy.trust_remote_code, gguf_file, **renders)
     named = models.generation_config_of(where, policy.trust_remote_code, gguf_file)
     return tokenizer, models.end_ids(named, tokenizer)
 
 
-def for_others(folder: Path, *, trusted: bool, tokenizer: Path | None) -> dict[str, str]:
+def for_others(folder: Path, policy: Policy | BenchmarkSpec, *, tokenizer: Path | None) -> dict[str, str]:
     """Where another program finds an iterate's weights: `pretrained`, and `peft` or `gguf_file` where it has those.
 
     Args:
@@ -125,7 +125,7 @@ def for_others(folder: Path, *, trusted: bool, tokenizer: Path | None) -> dict[s
     """
     if not (folder / BASE_FILE).exists():
         return {"pretrained": str(folder.absolute())}
-    where, saved = _base_folder(folder / BASE_FILE, trusted)
+    where, saved = _base_folder(folder / BASE_FILE, policy)
     found = {"pretrained": str(where.absolute())} | (
         {"peft": str(folder.absolute())} if (folder / ADAPTER).exists() else {}
     )
@@ -133,7 +133,9 @@ def for_others(folder: Path, *, trusted: bool, tokenizer: Path | None) -> dict[s
     renders = {key: saved[key] for key in ("chat_template", "template_kwargs") if key in saved}
     if renders and tokenizer is not None:
         durable.make_folder(tokenizer)
-        models.tokenizer_of(where, trusted, saved.get("gguf_file"), **renders).save_pretrained(tokenizer / "tokenizer")
+        models.tokenizer_of(where, policy.trust_remote_code, saved.get("gguf_file"), **renders).save_pretrained(
+            tokenizer / "tokenizer"
+        )
         found["tokenizer"] = str(tokenizer / "tokenizer")
     return found
 
@@ -154,15 +156,15 @@ def base_of(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _base_folder(base: Path, trusted: bool) -> tuple[Path, dict[str, Any]]:
-    """The base's folder, found to be the same as ever, and its record."""
+def _base_folder(base: Path, policy: Policy | BenchmarkSpec) -> tuple[Path, dict[str, Any]]:
+    """The base's folder, where the settings have it by now, found to be the same as ever; and its record."""
     try:
         saved = json.loads(base.read_bytes())
         model = Pretrained(
-            name_or_path=saved["name"],
+            name_or_path=saved["name"] if policy.base is None else policy.base,
             revision=saved["revision"],
             gguf_file=saved.get("gguf_file"),
-            trust_remote_code=trusted,
+            trust_remote_code=policy.trust_remote_code,
         )
         expected = str(saved["sha256"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:

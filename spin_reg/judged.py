@@ -30,6 +30,7 @@ class BenchmarkSpec(Kept):
     dtype: Dtype
     attn_implementation: str | None
     trust_remote_code: bool = runtime(False)  # the code is part of the model's hash
+    base: str | None = runtime(None)  # as in `Policy`
     local: bool = runtime(False)
     include_path: str | None = runtime(None)
     batch_size: int = runtime(8)

@@ -1,6 +1,5 @@
 """One run from settings to a finished folder: find or make the folder, own it, bring every stage into being."""
 
-import json
 import logging
 import os
 import platform
@@ -40,7 +39,7 @@ from spin_reg import (
 from spin_reg.config import Config
 from spin_reg.context import Context
 from spin_reg.errors import ConfigError, DamagedError, RunBusy, SpinRegError
-from spin_reg.fingerprint import file_sha256, plain
+from spin_reg.fingerprint import file_sha256, flatten, plain
 from spin_reg.outlook import Planned
 from spin_reg.plan import plan
 from spin_reg.redact import redacted
@@ -70,17 +69,18 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
     outputs = Path(settings.outputs).expanduser().resolve()
     root = outputs / config.run_name(settings)
     saved = _saved(root)
+    moved: dict[str, str] = {}
     if saved is None and only_evaluate:
         todo = "spin-reg status lists runs; other settings make another folder, so give the run's folder itself"
         raise ConfigError("This is no run.", where=str(root), why="it has no run.json", todo=todo)
     if saved is not None:
-        _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
+        moved = origins.moved(root, saved["settings"], config.identity_settings(settings))
         if _played(saved) > settings.schedule.iterations:  # what was played stays part of the run
             settings = replace(settings, schedule=replace(settings.schedule, iterations=saved["iterations"]))
     matched = settings.evaluation.exact_match.max_new_tokens
     if saved is None or matched is not None:
         sizes.check_positions(settings.model, settings.dataset, settings.generation, matched)
-    found = origins.found(settings, (saved or {}).get("sources", {}))
+    found = origins.found(settings, (saved or {}).get("sources", {}), moved)
     stages = plan(settings, found)
     states = runner.states(root, outputs, stages)
     done = [stage for stage, state in zip(stages, states, strict=True) if state.status is Status.done]
@@ -93,7 +93,8 @@ def prepare(settings: Config, *, only_evaluate: bool = False) -> Planned:
         states = [state for stage, state in zip(stages, states, strict=True) if stage.name in kept]
         stages = [stage for stage in stages if stage.name in kept]
     written = _config_whole(root, saved)
-    planned = Planned(settings, root, outputs, found, stages, states, written, whole=not only_evaluate, stop=stop)
+    whole = not only_evaluate
+    planned = Planned(settings, root, outputs, found, stages, states, written, whole=whole, stop=stop, moved=moved)
     if any(isinstance(stage.spec, BenchmarkSpec) for stage in planned.todo):
         harness.check()
     vllm_python.check(stage.spec for stage in planned.todo)
@@ -129,7 +130,7 @@ def execute(
     with rundir.owned(root):  # before anything slow: who comes second is told at once
         saved = _saved(root)
         if saved is not None:  # another process may have made it since we looked
-            _refuse_other_settings(root, saved["settings"], config.identity_settings(settings))
+            origins.moved(root, saved["settings"], config.identity_settings(settings))
             if _played(saved) > settings.schedule.iterations:
                 why = "another process has just given it more iterations"
                 raise RunBusy("This run has changed.", where=str(root), why=why, todo="run the same command again")
@@ -160,6 +161,8 @@ def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None,
         _warn_of_precision(settings)
         if not planned.config_whole:
             log.warning("%s is damaged or missing: it was written again", root / CONFIG)
+        for line in planned.moved.values():
+            log.info("%s; what lies there is the same", line)
         keep = settings.keep_iterates
         goes = partial(space.unneeded, planned.stages, keep=keep, future=planned.future)
         enough = partial(results.stop, root=root, stages=planned.stages, schedule=settings.schedule)
@@ -168,7 +171,7 @@ def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None,
         if planned.whole:
             survey.record(root, outlook.pieces(planned, read))
         try:
-            with tracking.mirror(root, tracker, config.flatten(plain(settings))) as mirror:
+            with tracking.mirror(root, tracker, flatten(plain(settings))) as mirror:
                 runner.run_all(
                     planned.stages,
                     root=root,
@@ -247,18 +250,6 @@ def _saved(root: Path) -> dict[str, Any] | None:
             todo="choose another run_name or outputs",
         )
     return found
-
-
-def _refuse_other_settings(root: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    keys = [*old, *(key for key in new if key not in old)]
-    changed = [f"{k}: {json.dumps(old.get(k))} -> {json.dumps(new.get(k))}" for k in keys if old.get(k) != new.get(k)]
-    if changed:
-        raise ConfigError(
-            "This run folder was made with other settings.",
-            where=str(root),
-            why="; ".join(changed),
-            todo="leave these settings as they were, or give this run another run_name",
-        )
 
 
 def _played(saved: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """A planned run: its stages, how each stood, and what those still to be made may cost."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from spin_reg.specs import GenerateSpec, Split
 class Planned:
     """A run, its folder, its stages, and how each stood when it was planned; `made`: since then, what was missing.
 
-    `stop`: the game ends early, and the stages end there.
+    `stop`: the game ends early, and the stages end there. `moved`: what lies elsewhere by now, by its key.
     """
 
     config: Config
@@ -31,11 +31,13 @@ class Planned:
     whole: bool = True  # False where only evaluations were planned
     made: bool = False
     stop: Stop | None = None
+    moved: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
         done = all(state.status is Status.done for state in self.states) and results.recorded(self.root, self.stop)
-        return done and self.config_whole and runner.metrics_whole(self.root, self.stages)
+        recorded = self.config_whole and not self.moved
+        return done and recorded and runner.metrics_whole(self.root, self.stages)
 
     @property
     def future(self) -> frozenset[str]:

@@ -84,7 +84,7 @@ class _Builder:
             return self._train(k - 1)
         if isinstance(c.model, Pretrained) and c.model.sft.epochs == 0:
             assert self.sources.model is not None
-            base = BaseSpec(c.model, c.model.name_or_path, c.model.revision, self.sources.model, self.sources.tokenizer)
+            base = BaseSpec(c.model, c.model.revision, self.sources.model, self.sources.tokenizer)
             return self._add("iterate-00/base", base, {}, folder="iterate-00")
         spec = SftSpec(c.model, self.sources.model, c.model.sft, c.seed, self.policy, c.hardware, c.schedule.save_every)
         return self._add("iterate-00/sft", spec, {"data": data}, folder="iterate-00/model")

@@ -23,7 +23,7 @@ def policy(config: Config) -> Policy:
     if not isinstance(model, Pretrained):
         return Policy(model.dtype, model.attn_implementation, _layout(config))
     code, quantize = model.trust_remote_code, model.lora.quantize
-    return Policy(model.dtype, model.attn_implementation, _layout(config), quantize, code)
+    return Policy(model.dtype, model.attn_implementation, _layout(config), quantize, code, model.name_or_path)
 
 
 def adapter(config: Config) -> Lora | None:
@@ -98,6 +98,7 @@ def benchmarks(config: Config, tasks: Mapping[str, TaskFiles], k: int) -> list[B
             dtype=loaded.dtype,
             attn_implementation=loaded.attn_implementation,
             trust_remote_code=loaded.trust_remote_code,
+            base=loaded.base,
             local=tasks.get(benchmark.task, TaskFiles()).local,
             include_path=asked.include_path,
             batch_size=asked.benchmark_batch_size,

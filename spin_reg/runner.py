@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from spin_reg import claims, durable, known, rundir, stopping, usage
 from spin_reg.context import Context, Logged, Sink
 from spin_reg.errors import ConfigError, DamagedError
-from spin_reg.fingerprint import plain
 from spin_reg.plan import Stage
 from spin_reg.specs import Spec
+from spin_reg.stage import changes
 
 METRICS = "metrics.jsonl"
 Rows = list[dict[str, Any]]
@@ -101,7 +101,7 @@ def contents(root: Path, stage: Stage) -> dict[str, str | None]:
 
 def difference(root: Path, found: rundir.Manifest, stage: Stage) -> str:
     """What a finished stage was made with that the plan or its inputs have otherwise, for people; empty if nothing."""
-    lines = [] if found["fingerprint"] == stage.fingerprint else _changes(found["spec"], plain(stage.spec))
+    lines = [] if found["fingerprint"] == stage.fingerprint else changes(found["spec"], stage.spec)
     if found["version"] != stage.spec.version:
         lines.append(f"stage version: {found['version']} -> {stage.spec.version}")
     now = {role: need.fingerprint for role, need in stage.needs.items()}
@@ -115,13 +115,6 @@ def difference(root: Path, found: rundir.Manifest, stage: Stage) -> str:
         ]
         return "; ".join(lines)
     return "; ".join(lines) or "its inputs have changed"
-
-
-def _changes(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in _changes(old.get(key), new.get(key), f"{prefix}{key}.")]
-    return [] if old == new else [f"{prefix.rstrip('.')}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
 def run_all(
@@ -287,7 +280,7 @@ def refused(root: Path, stage: Stage, state: State) -> ConfigError:
         f"{stage.name} was made with other settings.",
         where=str(root / stage.folder),
         why=state.reason,
-        todo="go back to those settings, choose another run_name, or delete the folder to make it again",
+        todo="go back to those settings and files, choose another run_name, or delete the folder to make it again",
     )
 
 

@@ -1,7 +1,7 @@
 """The settings of a run as plain values: the dataclasses behind the config groups.
 
 A field marked `runtime()` changes how a result is made, never the result (up to rounding): it is no part of a
-fingerprint. Every other field is.
+fingerprint. Nor is one marked `place()`: what lies there is, by its hash. Every other field is.
 """
 
 import re
@@ -19,6 +19,11 @@ MISSING = "???"  # the text OmegaConf knows as "must be given"
 def runtime(default: Any) -> Any:
     """A dataclass field that does not change results."""
     return field(default=default, metadata={"runtime": True})
+
+
+def place(default: Any) -> Any:
+    """A dataclass field that says where something lies: it names a run, and what lies there has a hash of its own."""
+    return field(default=default, metadata={"place": True})
 
 
 def later(default: Any) -> Any:
@@ -176,11 +181,11 @@ class Pretrained(Model):
     `template_kwargs`: what else the template is given by name. Both are saved with the tokenizer of every iterate.
     """
 
-    name_or_path: str = MISSING
+    name_or_path: str = place(MISSING)
     revision: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
-    chat_template: str | None = None
+    chat_template: str | None = place(None)
     template_kwargs: Any = None
     lora: Lora = field(default_factory=Lora)
 

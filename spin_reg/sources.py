@@ -266,7 +266,8 @@ def data_sha256(dataset: Dataset) -> str | None:
 
 def not_found(path: Path) -> DataError:
     """The error for a data file that is not there."""
-    return DataError("The data file was not found.", where=str(path), why="no such file", todo="set dataset.path")
+    todo = "set dataset.path; a run whose file was moved is told so once: spin-reg resume RUN dataset.path=FILE"
+    return DataError("The data file was not found.", where=str(path), why="no such file", todo=todo)
 
 
 def stamp(source: Model | Dataset) -> Any:

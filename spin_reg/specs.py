@@ -28,6 +28,7 @@ from spin_reg.settings import (
     runtime,
 )
 
+WEIGHTS = {"sha256": "files of the model", "tokenizer": "its tokenizer and chat template"}
 CHECKED = 8  # pairs that the self-check reads: each costs a forward pass at the start of every iteration
 
 
@@ -46,6 +47,10 @@ class PrepareSpec(Kept):
 
     kind: ClassVar[str] = "prepare"
     version: ClassVar[int] = 2
+    hashed: ClassVar[Mapping[str, str]] = {
+        "source": "content of the data",
+        "tokenizer": "the model's tokenizer and chat template",
+    }
 
     model: Model = field(metadata={"runtime": True})  # only its tokenizer matters here
     tokenizer: str
@@ -60,9 +65,9 @@ class BaseSpec(Kept):
     kind: ClassVar[str] = "base"
     version: ClassVar[int] = 1
     precious: ClassVar[bool] = True
+    hashed: ClassVar[Mapping[str, str]] = WEIGHTS
 
     model: Pretrained = field(metadata={"runtime": True})
-    name: str
     revision: str | None
     sha256: str
     tokenizer: str  # its chat template too, which may come from elsewhere
@@ -75,6 +80,7 @@ class SftSpec(Kept):
     kind: ClassVar[str] = "sft"
     version: ClassVar[int] = 2
     precious: ClassVar[bool] = True
+    hashed: ClassVar[Mapping[str, str]] = WEIGHTS
 
     model: Model
     sha256: str | None

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -354,16 +355,19 @@ def test_a_child_goes_with_a_process_that_is_ended_at_once(monkeypatch: pytest.M
 def test_adapters_and_bases_are_judged_where_they_lie(tmp_path: Path) -> None:
     base = place(tmp_path / "base", {"config.json": "{}", "model.safetensors": "x", "m.gguf": "x"})
     from spin_reg import sources
-    from spin_reg.settings import Pretrained
+    from spin_reg.settings import Dtype, Pretrained
+    from spin_reg.specs import Policy
 
     for name, more in (("base", {}), ("gguf", {"gguf_file": "m.gguf"})):
         model = Pretrained(name_or_path=str(base), **more)
         record = iterates.base_record(model, sources.model_sha256(model))
         folder = place(tmp_path / name / "iterate", {"base.json": json.dumps(record)})
-        expected = {"pretrained": str(base), **more}
-        assert iterates.for_others(folder, trusted=False, tokenizer=None) == expected
+        expected, read = {"pretrained": str(base), **more}, Policy(Dtype.float32, None, None)
+        assert iterates.for_others(folder, read, tokenizer=None) == expected
         place(folder, {"adapter_config.json": "{}"})
-        assert iterates.for_others(folder, trusted=False, tokenizer=None) == expected | {"peft": str(folder)}
+        assert iterates.for_others(folder, read, tokenizer=None) == expected | {"peft": str(folder)}
+    moved = base.rename(tmp_path / "elsewhere")
+    assert iterates.for_others(folder, replace(read, base=str(moved)), tokenizer=None)["pretrained"] == str(moved)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from spin_reg import config, overrides, sources, specs
+from spin_reg import config, origins, overrides, sources, specs
 from spin_reg.config import Config
 from spin_reg.corpora import Jsonl
 from spin_reg.fingerprint import digest, identity, plain
@@ -22,6 +22,7 @@ from spin_reg.settings import Pretrained
 RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
 NAME = "replaces the run's name, and no stage"
+PLACE = "where something lies: the name, and no stage, since what lies there has a hash"
 LENGTH = "a longer run keeps its name and every stage of the shorter one"
 JUDGED = "what is reported of iterates: no name and no stage but those that judge, and what they read of held-out rows"
 ASKED = "evaluation.benchmarks=[{task:a}]"
@@ -51,7 +52,7 @@ TABLE = [
     Row("dataset.num_heldout", RESULT, "9"),
     Row("dataset.num_prompts", RESULT, "9"),
     Row("dataset.parts", RESULT, "[{path: other.jsonl}]"),
-    Row("dataset.path", RESULT, "other.jsonl"),
+    Row("dataset.path", PLACE, "other.jsonl"),
     Row("dataset.revision", RESULT, "main"),
     Row("dataset.seed", RESULT, "1"),
     Row("dataset.smoothing", RESULT, "0.01"),
@@ -128,7 +129,7 @@ TABLE = [
     Row("loss.length_norm", RESULT, "mean", given="regularizer=none"),
     Row("loss.name", RESULT, "hinge"),
     Row("model", RESULT, "pretrained", given="model.name_or_path=m"),
-    Row("model.chat_template", RESULT, "t.jinja"),
+    Row("model.chat_template", PLACE, "t.jinja"),
     Row("model.attn_implementation", RESULT, "eager"),
     Row("model.dtype", RESULT, "bfloat16"),
     Row("model.gguf_file", RESULT, "m.gguf"),
@@ -139,7 +140,7 @@ TABLE = [
     Row("model.lora.quantize", RESULT, "nf4", given="model.lora.rank=4"),
     Row("model.lora.rank", RESULT, "4"),
     Row("model.lora.target_modules", RESULT, "[q_proj]", given="model.lora.rank=4"),
-    Row("model.name_or_path", RESULT, "n"),
+    Row("model.name_or_path", PLACE, "n"),
     Row("model.num_heads", RESULT, "2"),
     Row("model.num_layers", RESULT, "2"),
     Row("model.revision", RESULT, "main"),
@@ -228,6 +229,7 @@ def cases() -> Iterator[tuple[Row, str]]:
 
 def test_every_key_is_declared_once_and_every_declared_key_is_one() -> None:
     declared = [row.key for row in TABLE]
+    assert {row.key for row in TABLE if row.effect == PLACE} == origins.PLACES.keys()
     assert sorted(declared) == sorted(set(declared))
     assert sorted(declared) == config.all_keys()
     groups = {row.key for row in TABLE if row.effect == GROUP}
@@ -255,6 +257,8 @@ def test_every_key_does_what_it_is_declared_to_do(row: Row, option: str) -> None
     old, new = prints(before), prints(after)
     if row.effect == RESULT:
         assert names[0] != names[1] and set(new.values()) - set(old.values())
+    elif row.effect == PLACE:
+        assert names[0] != names[1] and old == new and row.key in origins.PLACES
     elif row.effect == NAME:
         assert names[1] == row.value and old == new
     else:

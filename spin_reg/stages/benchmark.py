@@ -54,7 +54,7 @@ def run(spec: BenchmarkSpec, inputs: dict[str, Path], out: Path, context: Contex
 def command(spec: BenchmarkSpec, model: Path, scratch: Path) -> list[str]:
     """The words that run lm-eval on an iterate's folder."""
     templates = scratch if spec.apply_chat_template else None
-    weights: Found = dict(iterates.for_others(model, trusted=spec.trust_remote_code, tokenizer=templates))
+    weights: Found = dict(iterates.for_others(model, spec, tokenizer=templates))
     weights |= {"dtype": spec.dtype.value, "trust_remote_code": spec.trust_remote_code, "use_safetensors": True}
     if spec.attn_implementation is not None:
         weights["attn_implementation"] = spec.attn_implementation

@@ -173,7 +173,7 @@ def by_vllm(spec: GenerateSpec, inputs: dict[str, Path], out: Path, context: Con
 
 def for_vllm(spec: GenerateSpec, inputs: dict[str, Path], ends: tuple[int, ...]) -> vllm_engine.Asked:
     """What vLLM is asked for: the iterate in the dtype that it is scored in, drawn from as the settings say."""
-    found = iterates.for_others(inputs["model"], trusted=spec.policy.trust_remote_code, tokenizer=None)
+    found = iterates.for_others(inputs["model"], spec.policy, tokenizer=None)
     fine = spec.hardware.precision is Precision.fp32 and spec.policy.dtype is Dtype.float32
     adapter = None
     if "peft" in found:

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,14 @@ def _train(program: str, words: list[str]) -> int:
 
 
 def _plan(program: str, words: list[str]) -> int:
-    own = {"--json", "--prepare"} & set(words)
-    task = partial(_show_plan, typed=[program, "plan", *words], as_json="--json" in own, data="--prepare" in own)
-    return _compose(program, [word for word in words if word not in own], task, verb="plan")
+    from spin_reg import preview
+
+    own, seen = {"--json", "--prepare"} & set(words), list[Any]()
+    task = partial(_show_plan, typed=[program, "plan", *words], own=own, seen=seen)
+    code = _compose(program, [word for word in words if word not in own], task, verb="plan")
+    if len(seen) > 1 and "--json" not in own:
+        preview.total(seen)
+    return code
 
 
 def _resume(program: str, words: list[str]) -> int:
@@ -159,16 +165,9 @@ def _sample(program: str, words: list[str]) -> int:
     return _compose(program, words_of("sample", [given.run]), partial(sample.task, given=given, asked=asked))
 
 
-def _ls(program: str, words: list[str]) -> int:
-    from spin_reg import listing
-
-    return listing.main(words)
-
-
-def _compare(program: str, words: list[str]) -> int:
-    from spin_reg import compare
-
-    return compare.main(words)
+def _reader(module: str, program: str, words: list[str]) -> int:
+    """The verbs that read files alone are a module each, imported where it is wanted."""
+    return int(import_module(f"spin_reg.{module}").main(words))
 
 
 def _gc(program: str, words: list[str]) -> int:
@@ -191,12 +190,6 @@ def page_after(roots: list[Path]) -> None:
         report(error)
 
 
-def _status(program: str, words: list[str]) -> int:
-    from spin_reg import status
-
-    return status.main(words)
-
-
 VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "train": _train,
     "plan": _plan,
@@ -205,9 +198,9 @@ VERBS: dict[str, Callable[[str, list[str]], int]] = {
     "export": _export,
     "sample": _sample,
     "sync": _sync,
-    "status": _status,
-    "ls": _ls,
-    "compare": _compare,
+    "status": partial(_reader, "status"),
+    "ls": partial(_reader, "listing"),
+    "compare": partial(_reader, "compare"),
     "report": _page,
     "gc": _gc,
 }
@@ -316,11 +309,11 @@ def _screen() -> Any:
     return Screen(quiet=hydra.mode == RunMode.MULTIRUN and hydra.runtime.choices["hydra/launcher"] != "basic")
 
 
-def _show_plan(cfg: Any, *, typed: list[str], as_json: bool, data: bool) -> None:
+def _show_plan(cfg: Any, *, typed: list[str], own: set[str], seen: list[Any]) -> None:
     from spin_reg import preview
 
-    planned = _with_data(cfg, typed) if data else _planned(cfg)
-    preview.show_json(planned) if as_json else preview.show(planned)
+    seen.append(_with_data(cfg, typed) if "--prepare" in own else _planned(cfg))
+    preview.show_json(seen[-1]) if "--json" in own else preview.show(seen[-1], seen[:-1])
 
 
 def _with_data(cfg: Any, typed: list[str]) -> Any:

@@ -46,6 +46,10 @@ class Work:
         """All of them."""
         return self.drawn + self.scored + self.trained
 
+    def __add__(self, other: "Work") -> "Work":
+        drawn, scored, trained = self.drawn + other.drawn, self.scored + other.scored, self.trained + other.trained
+        return Work(drawn, scored, trained, self.pairs + other.pairs, self.measured and other.measured)
+
     def words(self) -> str:
         if not self.tokens:
             return "none left"

@@ -21,16 +21,8 @@ def main(words: Sequence[str]) -> int:
         ConfigError: the folder does not exist, a word that it does not take, or a setting that no run has.
     """
     given = manual.parsed("ls", words)
-    wanted = dict(word.split("=", 1) for word in given.dir if "=" in word)
-    folders = [word for word in given.dir if "=" not in word]
-    if len(folders) > 1:
-        raise ConfigError(
-            "ls takes one folder.",
-            where=" ".join(folders),
-            why="each has a listing of its own",
-            todo=manual.usage("ls"),
-        )
-    folder = existing(Path(folders[0] if folders else "outputs"))
+    wanted: dict[str, str] = given.settings
+    folder = existing(Path(given.dir or "outputs"))
     found, problems = read(survey.roots(folder))
     keys = {shown(key) for run in found for key in run.settings}
     for key in sorted(wanted.keys() - keys) if found else ():

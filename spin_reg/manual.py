@@ -3,6 +3,7 @@
 import argparse
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from spin_reg.errors import ConfigError
@@ -55,16 +56,21 @@ def page(name: str) -> str:
 
 def parsed(name: str, words: Sequence[str]) -> argparse.Namespace:
     """The words behind a verb, by name: RUN as `run`, --to as `to`; None where one was not given, a list where many.
+    Of a verb that picks runs by settings also the {key: value} of those, as `settings`.
 
     Raises:
         ConfigError: words that the verb does not take, or lacks.
     """
     parser = _Parser(prog=f"spin-reg {name}", usage=usage(name), add_help=False, allow_abbrev=False)
     parser.verb = name
-    for word in TABLE[name].words:
+    taken = [word for word in TABLE[name].words if "=" not in word.name]
+    picks = len(taken) < len(TABLE[name].words)
+    settings = [word for word in words if picks and "=" in word and not Path(word).expanduser().is_dir()]
+    for word in taken:
         parser.add_argument(*_argument(word), **_how(word))
-    given = parser.parse_args(list(words))
-    for word in TABLE[name].words:
+    given = parser.parse_args([word for word in words if word not in settings])
+    given.settings = dict(word.split("=", 1) for word in settings)
+    for word in taken:
         value = getattr(given, _key(word))
         for one in value if isinstance(value, list) else [value]:
             if word.choices and one is not None and one not in word.choices:

@@ -2,15 +2,19 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from spin_reg import manual, vetting
+from spin_reg.benchmarks import Benchmark
 from spin_reg.complaints import bad_value, config_error, unknown_key
 from spin_reg.config import GROUPS as CHOICES
 from spin_reg.config import Config, all_keys, keys_of
+from spin_reg.corpora import Part
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 
@@ -28,6 +32,7 @@ EXTRAS = {  # Hydra's plugins, by the option that chooses them
     ("hydra/launcher", "ray"): "ray",
     ("hydra/sweeper", "optuna"): "optuna",
 }
+LISTED: dict[str, Any] = {kind.__name__: kind for kind in (Part, Benchmark)}  # what stands in lists of settings
 FLAGS = {  # Hydra's others
     *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
     *("--shell-completion", "-sc", "--experimental-rerun"),
@@ -133,7 +138,9 @@ def explain(error: Exception) -> SpinRegError:
     cause = error.__cause__
     of_settings = cause if isinstance(cause, OmegaConfBaseException) else error
     if isinstance(of_settings, OmegaConfBaseException):
-        strange = re.search(r"Key '([^']+)' not in '\w+'", str(of_settings))
+        strange = re.search(r"Key '([^']+)' not in '(\w+)'", str(of_settings))
+        if strange and strange[2] in LISTED:
+            return unknown_key(strange[1], [f.name for f in fields(LISTED[strange[2]])])
         return _not_there(str(of_settings.full_key or strange[1])) if strange else config_error(of_settings)
     if isinstance(error, HydraException):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -181,6 +188,8 @@ def _no_option(group: str, name: str) -> ConfigError:
         todo = f"a path or a name of the Hub is given by {PLACES[group].format(name)}"
         return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)
     todo = (f"did you mean {group}={near[0]}? " if near else "") + f"{group} takes: {', '.join(options)}"
+    if group == "tracker":
+        todo += f"; others of Accelerate by tracker=tensorboard tracker.name={name}"
     return ConfigError(f"There is no {group} {name}.", where=f"{group}={name}", why="no such option", todo=todo)
 
 

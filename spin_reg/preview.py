@@ -2,9 +2,10 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from spin_reg import asking, estimate, machine, outlook, processes, space
+from spin_reg import asking, estimate, machine, outlook, processes, space, stored
 from spin_reg.fingerprint import plain
 from spin_reg.outlook import Planned
 from spin_reg.plan import Stage
@@ -15,9 +16,12 @@ BOUNDS = "; bounds: with --prepare the data are made first, for estimates"
 GPUS = Path("/proc/driver/nvidia/gpus")  # where the driver lists them
 
 
-def show(planned: Planned) -> None:
-    """A line a stage with its tokens and disk, then tokens, memory, time and disk of all."""
-    print(f"run {short(planned.root)}")
+def show(planned: Planned, before: Sequence[Planned] = ()) -> None:
+    """A line a stage with its tokens and disk, then tokens, memory, time and disk of all; once."""
+    again = planned.root in {other.root for other in before}
+    print(f"run {short(planned.root)}" + (": as above" if again else ""))
+    if again:
+        return
     lines = [(state.status.value, stage.name, *_costs(planned, stage, state)) for stage, state in _each(planned)]
     first, second, third, fourth = (max(map(len, column)) for column in zip(*lines, strict=True))
     for (status, name, cost, disk), (_, state) in zip(lines, _each(planned), strict=True):
@@ -38,6 +42,21 @@ def show(planned: Planned) -> None:
     print(f"  memory: {memory.words(machine.memory(), helps)}{gpu}")
     print(f"  time: {outlook.time_left(planned).words()}")
     print(f"  disk: {needed.words()}; {room} free")
+
+
+def total(points: Sequence[Planned]) -> None:
+    """What all points of a sweep take together: points may be equal, and what they share is made once."""
+    runs = {planned.root: planned for planned in points}
+    made, tokens, disk = set[str](), estimate.Work(0, 0, 0, 0, measured=True), 0
+    for planned in runs.values():
+        todo = [stage for stage in planned.todo if stage.fingerprint not in made]
+        made |= {stage.fingerprint for stage in todo}
+        tokens += estimate.work(todo, planned.have)
+        disk += sum(stored.of(stage, planned.iterate, planned.have) for stage in todo)
+    equal = f" ({len(points)} points, some of them equal)" if len(runs) < len(points) else ""
+    print(f"all {len(runs)} runs{equal}: {len(made)} stages to make, those that they share once")
+    print(f"  tokens: {tokens.words()}")
+    print(f"  disk: about {space.human(disk)} when all is made")
 
 
 def show_json(planned: Planned) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from spin_reg import cli, metrics, points, settings, stopping
 from spin_reg.config import Config
-from spin_reg.errors import Stopped
+from spin_reg.errors import ConfigError, Stopped
 from spin_reg.fingerprint import digest
 from spin_reg.pace import duration
 from spin_reg.points import STOP, Point, told
@@ -193,5 +193,7 @@ def close(place: Path, same: frozenset[str]) -> int:
     stopped = (place / STOP).exists()
     if shown and (stopped or lost or any(codes)):
         unfinished = "stopped" if stopped else f"{sum(map(bool, codes)) + len(lost)} of {len(found) + len(lost)} failed"
-        print(f"spin-reg: {unfinished}; the same command again makes what is missing", file=sys.stderr)
+        hopeless = not stopped and not lost and {code for code in codes if code} == {ConfigError.exit_code}
+        first = "mend what is named above, and " if hopeless else ""
+        print(f"spin-reg: {unfinished}; {first}the same command again makes what is missing", file=sys.stderr)
     return Stopped.exit_code if stopped else next(filter(None, codes), int(bool(lost)))

@@ -190,9 +190,8 @@ TABLE: dict[str, Verb] = {
         "Of the runs in DIR those whose settings are as said: a group's option, as in regularizer=kl, or any setting "
         f"that changes results, as in schedule.beta=0.1. {TABLES}",
         (
-            Word(
-                "DIR", "a folder of runs (default: outputs), and key=value", kind=Kind.folder, optional=True, many=True
-            ),
+            Word("DIR", "a folder of runs (default: outputs)", kind=Kind.folder, optional=True),
+            Word("key=value", "the runs that have this, once or often", many=True),
             Word(
                 "--json",
                 '{"folder", "runs": [{"run", "path", "settings", "metrics", "problem"}]}: all settings that change '

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, SMALL, Command, Result, weights
@@ -62,13 +63,32 @@ def test_a_failed_point_is_told_the_others_are_made_and_the_same_command_skips_t
 ) -> None:
     words = ["train", "-m", *SMALL, "schedule.iterations=1", "alpha=2,0.5", f"outputs={tmp_path / 'o'}"]
     result = command(*words, "objective=eval/kl_data")
-    assert result.code == 2 and "0 to 1" in result.err and "1 of 2 failed" in result.err
+    assert result.code == 2 and "0 to 1" in result.err and "1 of 2 failed; mend what is named above" in result.err
     rows = lines(result.out.strip("\n"))
     assert [(row["point"], row["result"]) for row in rows] == [("alpha=2", "failed"), ("alpha=0.5", "done")]
     (root,) = runs(tmp_path / "o")
     assert float(rows[1]["objective"]) == pytest.approx(metric(root, 1, "kl_data"), rel=1e-3)
     assert [row["result"] for row in lines(command(*words).out.strip("\n"))] == ["failed", "was finished"]
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [".stages", root.name]
+
+
+def test_a_plan_of_a_sweep_ends_with_what_all_points_take_together(command: Command, tmp_path: Path) -> None:
+    words = [*SMALL, f"outputs={tmp_path}", "schedule.iterations=2", "evaluation=none"]
+    result = command("plan", "-m", *words, "regularizer=none,kl", "alpha=0,0.5")
+    assert result.code == 0, result.err
+    assert result.out.count(": as above") == 1
+    total = result.out[result.out.index("all 3 runs (4 points, some of them equal): ") :]
+    spin, other = (planned(command("plan", *words, word, "--json")) for word in ("regularizer=none", "alpha=0.5"))
+    own = {"iterate-00/scores/train-01-from-01", "iteration-01/pairs", "iteration-01/train"}  # till then all are SPIN
+    made = list(spin.values()) + [other[name] for name in own]
+    assert f"{len(made)} stages to make" in total
+    assert sum(stage["tokens"] for stage in made) == 18816
+    assert "tokens: at most 1.54k drawn, 3.46k scored, 13.8k trained on (144 pairs)" in total
+
+
+def planned(result: Result) -> dict[str, dict[str, Any]]:
+    assert result.code == 0, result.err
+    return {stage["name"]: stage for stage in json.loads(result.out)["stages"]}
 
 
 @pytest.mark.parametrize(

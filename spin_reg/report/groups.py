@@ -124,7 +124,7 @@ def _short(value: Any) -> str:
         return _short(value[0])
     if isinstance(value, list):
         return "/".join(_short(part) for part in value)
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
 def of_run(run: Run, metric: str) -> dict[int, float]:

@@ -39,7 +39,7 @@ def fresh(model: PreTrainedModel, lora: Lora, seed: int) -> PeftModel:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), _fitting(f"model.lora.target_modules={modules}"):
+    with torch.random.fork_rng(devices=[]), _fitting(f"model.lora.target_modules={modules}"):
         torch.manual_seed(seed_of("adapter", seed) % 2**63)
         made = get_peft_model(model, settings)
         idle = [] if isinstance(modules, str) else [name for name in modules if not _matches(made, name)]

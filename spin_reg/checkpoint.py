@@ -31,15 +31,20 @@ def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, float]
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = sharing.whole(value).contiguous()
+                tensors[f"{index}.{name}"] = sharing.on_main(value)
             else:
                 numbers[f"{index}.{name}"] = value
     return tensors, numbers
 
 
-def write(folder: Path, model: nn.Module, optimizer: Optimizer, rows: list[dict[str, Any]]) -> None:
+def write(
+    folder: Path, model: nn.Module, optimizer: Optimizer, rows: list[dict[str, Any]], *, together: bool = False
+) -> None:
     """Publish the state after as many steps as there are metrics rows, then drop the older ones. Ranks that train
-    together all call this, and the main one writes; what they have of weights laid across them is put together.
+    together all call this, and the main one writes.
+
+    Args:
+        together: weights or the optimizer are laid across the ranks, and are put together; each waits for the end.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite; the older checkpoint stays.
@@ -47,12 +52,27 @@ def write(folder: Path, model: nn.Module, optimizer: Optimizer, rows: list[dict[
     refuse_nonfinite(model, f"step {len(rows)}")
     name = f"checkpoint-{len(rows):09d}"
     target, temporary = folder / name, folder / f"{name}.tmp"
-    if target.exists():
+    there = target.exists()  # on a disk that several machines share not all may see it yet
+    if ranks.from_main(there) if together else there:
         return  # equal steps make equal states
-    weights = {n: sharing.whole(p.detach()).contiguous() for n, p in model.named_parameters() if p.requires_grad}
+    weights = {n: sharing.on_main(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
     tensors, numbers = _flatten(optimizer.state_dict())
-    if not ranks.is_main():
-        return
+    if ranks.is_main():
+        _publish(folder, target, temporary, weights, tensors, numbers, rows)
+    if together:
+        ranks.wait()  # not in a collective of the next step, which would not wait as long as a disk may take
+
+
+def _publish(
+    folder: Path,
+    target: Path,
+    temporary: Path,
+    weights: dict[str, Tensor],
+    tensors: dict[str, Tensor],
+    numbers: dict[str, float],
+    rows: list[dict[str, Any]],
+) -> None:
+    """Write a checkpoint, and remove the older ones."""
     _clear(folder)
     try:
         _write(temporary, weights, tensors, numbers, rows)

@@ -2,8 +2,8 @@
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,13 +143,14 @@ def fit(
     _without_dropout(model, spec.gradient_checkpointing)
     scorer, optimizer, backward = _prepared(model, spec, accelerator, context.poll)
     scratch = out / durable.SCRATCH
-    state = _State(model, optimizer, scratch, checkpoint.read(scratch, model, optimizer))
+    alone = spec.sharding is Sharding.none
+    state = _State(model, optimizer, scratch, checkpoint.read(scratch, model, optimizer), alone)
     for row in state.metrics:
         context.log(row)
     if not state.metrics:
         before(scorer)
     repeatable = gpus.repeatable(spec.deterministic, f"iteration {spec.iteration}, {prefix}")
-    with repeatable, nullcontext() if spec.sharding is not Sharding.none else stopping.saving(state.keep_alone):
+    with _released(scorer), repeatable, stopping.saving(state.keep_from_aside):
         for step in range(len(state.metrics), len(steps)):
             rate = _set_rate(optimizer, spec, step, len(steps))
             where = f"iteration {spec.iteration}, step {step + 1} of {len(steps)}, learning rate {rate:.3g}"
@@ -195,6 +196,18 @@ def _prepared(
     return zero.scorer, zero, zero.backward
 
 
+@contextmanager
+def _released(scorer: Any) -> Iterator[None]:
+    """At the end take off what Accelerate has put on for autocast: the methods hold the scorer in a circle, and so the
+    model, which would stay in memory till garbage is collected.
+    """
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):
+            vars(getattr(scorer, "module", scorer)).pop(name, None)  # DeepSpeed has the scorer within
+
+
 def _clip(scorer: Scorer, optimizer: torch.optim.Optimizer | Zero, spec: FitSpec) -> float:
     """Clip the gradients, at once or with the step to come; their norm before that."""
     if isinstance(optimizer, Zero):
@@ -211,6 +224,7 @@ class _State:
     optimizer: torch.optim.Optimizer | Zero
     folder: Path
     metrics: list[dict[str, Any]]
+    alone: bool  # whether each rank has all of it
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def update(self, row: dict[str, Any]) -> None:
@@ -222,10 +236,15 @@ class _State:
     def keep(self) -> None:
         with self.lock:
             if self.metrics:
-                checkpoint.write(self.folder, self.model, self.optimizer, self.metrics)
+                checkpoint.write(self.folder, self.model, self.optimizer, self.metrics, together=not self.alone)
 
-    def keep_alone(self) -> None:
-        """From another thread, which cannot speak with other ranks: whole weights are kept by the main one."""
+    def keep_from_aside(self) -> None:
+        """From another thread, which cannot speak with other ranks: whole weights are kept by the main one. What is
+        shared the training threads keep together; if they are at it, that is waited for.
+        """
+        if not self.alone:
+            with self.lock:
+                return
         if ranks.is_main():
             self.keep()
 

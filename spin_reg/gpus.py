@@ -14,7 +14,7 @@ REFUSED = "does not have a deterministic implementation"
 
 
 def settle() -> None:
-    """Before the first use of a GPU in this process.
+    """Before the first use of a GPU in this process. Float32 is float32 there.
 
     cuDNN's attention, which PyTorch prefers on newer GPUs in bfloat16, plans anew for every shape: each token that is
     drawn makes the cache longer by one, and a batch of ours is hardly ever as long as another. Its plans took longer
@@ -23,6 +23,7 @@ def settle() -> None:
     for name, value in CUBLAS.items():
         os.environ.setdefault(name, value)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.set_float32_matmul_precision("highest")  # some containers have float32 multiplied in TF32, of 10 bits
 
 
 @contextmanager

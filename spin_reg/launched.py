@@ -95,38 +95,53 @@ def _began() -> bool:
     return True
 
 
+def make_room() -> None:
+    """Have the followers drop the models that they keep in memory: another program wants it."""
+    if _here.world > 1:
+        _announce(None)
+
+
+def _announce(job: "Job | None") -> int:
+    """Tell the followers what is next (None: make room); its number."""
+    from spin_reg import jobs
+
+    number = _here.jobs
+    _here.jobs += 1
+    said = None if job is None else jobs.written(job)
+    _here.store.set(f"{number}/job", json.dumps(said, allow_nan=False))
+    return number
+
+
 def run(job: "Job", context: Context) -> None:
     """Make a stage together with the followers, as rank 0.
 
     Raises:
         SpinRegError: what the stage raises here, or what a follower told.
     """
-    from spin_reg import jobs
-
-    number = _here.jobs
-    _here.jobs += 1
-    _here.store.set(f"{number}/job", json.dumps(jobs.written(job), allow_nan=False))
+    number = _announce(job)
 
     def others() -> None:
         if _here.store.check([f"{number}/failed"]):
             raise errors.heard(json.loads(_here.store.get(f"{number}/failed")))
 
     try:
-        _make(number, job, replace(context, poll=_polling(context.poll, others)))
+        _make(number, job, context, others)
     except BaseException:
         _here.store.set(f"{number}/left", "yes")
         raise
 
 
-def _make(number: int, job: "Job", context: Context) -> None:
-    """One rank's part of a job."""
+def _make(number: int, job: "Job", context: Context, others: Callable[[], None]) -> None:
+    """One rank's part of a job; `others` raises where one of them has left it, in its loops and wherever it waits."""
     from spin_reg import ranks, worker
+
+    context = replace(context, poll=_polling(context.poll, others))
 
     if not _here.together:
         os.environ.update(_here.environment)
         ranks.join(_here.store)
         _here.together = True
-    ranks.begin(str(number))
+    ranks.begin(str(number), _polling(lambda: None, others))
     ranks.wait(context.poll)
     worker.make(job, context)
 
@@ -177,9 +192,14 @@ def _take_part(number: int) -> None:
         if _here.store.check([f"{number}/left"]):
             raise _Left
 
+    said = json.loads(_here.store.get(f"{number}/job"))
+    if said is None:
+        from spin_reg import iterates
+
+        return iterates.make_room()
     try:
-        job: jobs.Job = jobs.read(jobs.Job, json.loads(_here.store.get(f"{number}/job")))
-        _make(number, job, Context(poll=_polling(stopping.poll, others)))
+        job: jobs.Job = jobs.read(jobs.Job, said)
+        _make(number, job, Context(poll=stopping.poll), others)
     except _Left:
         return
     except SpinRegError as error:

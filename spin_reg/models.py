@@ -87,7 +87,7 @@ def _tiny(spec: Tiny, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation=spec.attn_implementation,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.init_seed)
         model = LlamaForCausalLM(config)
     for weight in model.parameters():  # not all of the model: frequencies of positions stay in float32, as when loaded

@@ -138,6 +138,7 @@ def _in_step(stage: Stage, inputs: dict[str, Path], work: Path, context: Context
         from spin_reg import iterates
 
         iterates.make_room()
+        launched.make_room()
     _apart(stage, inputs, work, context, hardware=hardware)
 
 

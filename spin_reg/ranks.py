@@ -15,20 +15,23 @@ from typing import Any
 
 from spin_reg.errors import ConfigError
 
-EVERY = (0.001, 0.2)  # seconds between two looks into the store: at first, and after a while
-_calls = [0]  # how many there were; all ranks count alike, so that a number is one call
-_work = [""]  # what they are at
-
 
 def _nothing() -> None:
     """Nobody asks to stop."""
+
+
+EVERY = (0.001, 0.2)  # seconds between two looks into the store: at first, and after a while
+_calls = [0]  # how many there were; all ranks count alike, so that a number is one call
+_work = [""]  # what they are at
+_watch = [_nothing]  # what looks whether all are still at it
 
 
 def join(store: Any = None) -> None:
     """Make the group of the ranks that a launcher has started, over its store or one that the environment names.
 
     Raises:
-        ConfigError: there are more of them on this machine than GPUs.
+        ConfigError: there are more of them on this machine than GPUs (each says so: others would wait for one that is
+            gone); or which of them this is was not said.
     """
     import torch
     from torch import distributed
@@ -38,15 +41,7 @@ def join(store: Any = None) -> None:
     )
     backend = "gloo"
     if torch.cuda.is_available():
-        place, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if place >= there:
-            raise ConfigError(
-                "There are more processes than GPUs.",
-                where=f"local rank {place}",
-                why=f"this machine shows {there} of them, and each process has one to itself",
-                todo=f"start {there} (hardware.processes={there}), or see CUDA_VISIBLE_DEVICES",
-            )
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(_place(torch.cuda.device_count()))
         backend = "cpu:gloo,cuda:nccl"
     distributed.init_process_group(backend, store=store, **which)
     from accelerate.state import AcceleratorState, PartialState
@@ -55,9 +50,34 @@ def join(store: Any = None) -> None:
     PartialState(cpu=backend == "gloo")
 
 
-def begin(work: str) -> None:
-    """Begin another piece of work under a name of its own: some may have left the last one early."""
-    _work[0], _calls[0] = work, 0
+def _place(there: int) -> int:
+    """Which of the GPUs of this machine is this process's own."""
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            "Which GPU is this process's own was not said.",
+            where="LOCAL_RANK in the environment",
+            why="RANK and WORLD_SIZE are there, so a launcher has started it",
+            todo="start it by torchrun or accelerate launch, or set LOCAL_RANK and LOCAL_WORLD_SIZE too",
+        )
+    place = int(os.environ["LOCAL_RANK"])
+    processes = max(place + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if processes > there:
+        raise ConfigError(
+            "There are more processes than GPUs.",
+            where=f"{processes} processes on this machine",
+            why=f"it shows {there} GPUs, and each process has one to itself",
+            todo=f"start {there} (hardware.processes={there}), or see CUDA_VISIBLE_DEVICES",
+        )
+    return place
+
+
+def begin(work: str, watch: Callable[[], None] = _nothing) -> None:
+    """Begin another piece of work under a name of its own: some may have left the last one early.
+
+    Args:
+        watch: called in every wait of this work; what it raises ends that, so that none waits for who has left.
+    """
+    _work[0], _calls[0], _watch[0] = work, 0, watch
 
 
 def rank() -> int:
@@ -127,5 +147,6 @@ def _await(there: Callable[[], bool], poll: Callable[[], None]) -> None:
     pause, longest = EVERY
     while not there():
         poll()
+        _watch[0]()
         time.sleep(pause)
         pause = min(2 * pause, longest)

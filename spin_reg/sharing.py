@@ -191,6 +191,16 @@ def whole(tensor: Tensor) -> Tensor:
     return found
 
 
+def on_main(tensor: Tensor) -> Tensor:
+    """All of a tensor on the main rank, beside a GPU where it would fill that; nothing of it on the others. Of one that
+    is laid across the ranks, all must ask for it at once.
+    """
+    if not sharded(tensor):
+        return tensor.contiguous()
+    found = whole(tensor)
+    return found.cpu().contiguous() if ranks.is_main() else found.new_empty(0)
+
+
 def like(tensor: Tensor, value: Tensor) -> Tensor:
     """A whole value laid across the ranks as a tensor is."""
     if not sharded(tensor) or value.shape != tensor.shape:

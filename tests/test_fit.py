@@ -1,5 +1,7 @@
 """The training loop: its schedule, its order of rows, its checkpoints."""
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_sch
 from spin_reg import checkpoint, fit, iterates, packing, scorer
 from spin_reg.context import Context
 from spin_reg.errors import NonFiniteError, NoSpace
-from spin_reg.settings import Hardware, LrScheduler, Optimizer
+from spin_reg.settings import Hardware, LrScheduler, Optimizer, Precision
 
 
 @pytest.mark.parametrize("kind", list(LrScheduler))
@@ -65,6 +67,26 @@ def steps(m: PreTrainedModel, optimizer: torch.optim.Optimizer, count: int) -> N
         m(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+def test_what_has_trained_goes_when_nobody_holds_it(precision: Precision, tmp_path: Path) -> None:
+    """A circle of references would keep it till garbage is collected, which a full GPU does not wait for."""
+    group = packing.Group([1, 2], ([3, 4],))
+    task = fit.Task(lambda scorer, rows: (-scorer([group]).sum(), {}), lambda rows: 1.0, str, lambda i: 3)
+    spec = fit.FitSpec(1e-2, Optimizer.adamw, LrScheduler.constant, 0.0, 0.0, 1.0, 64, None, False, 9, 0)
+
+    def trained() -> "weakref.ref[PreTrainedModel]":
+        made, accelerator = model(), iterates.accelerator(Hardware(precision=precision))
+        how = {"spec": spec, "prefix": "train", "accelerator": accelerator, "out": tmp_path, "context": Context()}
+        assert len(fit.fit(made, [[0], [0]], task, **how)) == 2  # type: ignore[arg-type]
+        return weakref.ref(made)
+
+    gc.disable()
+    try:
+        assert trained()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop])

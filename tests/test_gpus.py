@@ -10,7 +10,7 @@ import torch
 from conftest import SMALL, Command
 from test_sampling import END, llama
 
-from spin_reg import gpus, models, preview
+from spin_reg import gpus, models, preview, ranks
 from spin_reg.decoder import Decoder
 from spin_reg.errors import ConfigError
 from spin_reg.stages import train as train_stage
@@ -20,8 +20,10 @@ def test_no_kernel_that_plans_anew_for_every_shape(monkeypatch: pytest.MonkeyPat
     before = torch.get_num_threads()
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.set_float32_matmul_precision("high")  # as some containers begin
     models.environment(before)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
@@ -103,3 +105,31 @@ def test_all_that_trains_is_told(
     words = ["schedule.iterations=1", f"hardware.deterministic={str(wanted).lower()}", f"outputs={tmp_path}"]
     assert command("train", *SMALL, *words).code == 0
     assert [where.split()[-1] for _, where in told] == ["sft", "train"] and {said for said, _ in told} == {wanted}
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, None),
+        ({"LOCAL_RANK": "1"}, None),
+        (
+            {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"},
+            "it shows 2 GPUs",
+        ),  # the third alone would leave two waiting
+        ({"LOCAL_RANK": "2"}, "it shows 2 GPUs"),
+        ({}, "a launcher has started it"),
+    ],
+)
+def test_each_rank_has_a_gpu_of_its_own_or_all_are_refused(
+    said: dict[str, str], why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    if why is None:
+        assert ranks._place(2) == 1
+    else:
+        with pytest.raises(ConfigError) as refused:
+            ranks._place(2)
+        assert why in refused.value.why

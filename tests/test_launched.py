@@ -15,7 +15,10 @@ import pytest
 import torch
 from conftest import ROOT, read_jsonl
 from safetensors.torch import load_file
-from test_processes import ANSWERS, AT_THE_SECOND_SHARD, SCORES, TRAP, WORDS, same, within
+from test_processes import ANSWERS, AT_THE_SECOND_SHARD, MODEL, SCORES, TRAP, WORDS, same, within
+
+from spin_reg import iterates
+from spin_reg import launched as _launched
 
 pytestmark = pytest.mark.slow
 ARMED = TRAP.replace('if "spin_reg.worker" in sys.orig_argv:', 'if "RANK" in os.environ:')
@@ -111,7 +114,8 @@ def job(root: Path, tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     traps.mkdir()
     (traps / "sitecustomize.py").write_text(ARMED + DEALT)
     fakes = {"srun": NODES, "scontrol": f'#!/bin/sh\n[ $1 = show ] && echo 127.0.0.1 || echo "$@" > {requeued}\n'}
-    fakes["torchrun"] = f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n'
+    fakes["torchrun"] = "#!/bin/sh\n[ $TORCH_ELASTIC_SHUTDOWN_TIMEOUT -gt 100 ] || exit 9\n"
+    fakes["torchrun"] += f'exec {sys.executable} -m torch.distributed.run "$@"\n'
     for name, text in fakes.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -158,3 +162,32 @@ def test_what_a_follower_raises_is_told_by_rank_0(root: Path) -> None:
     assert process.returncode == 1 and "spin-reg: A what." in said
     assert "local_rank: 0" in said and "exitcode  : 5" in said
     assert "NonFiniteError" in (root / "run.log").read_text()
+
+
+def test_a_follower_that_fails_while_it_trains_leaves_nobody_waiting(root: Path) -> None:
+    shutil.rmtree(root / MODEL)
+    trap = """
+    def fails(state, row):
+        if row["step"] == 2 and os.environ["RANK"] == "1":
+            raise RuntimeError("out of memory")
+    after(fit._State, "update", fails)
+"""
+    process = launched(root.parent, "--standalone", "--nproc-per-node", "2", trap=trap)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "RuntimeError: out of memory" in said, said
+    assert "rank 1 of 2" in (root / "run.log").read_text()
+
+
+def test_followers_drop_their_model_where_another_program_wants_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store(dict[str, str]):
+        def set(self, key: str, value: str) -> None:
+            self[key] = value
+
+    dropped: list[int] = []
+    monkeypatch.setattr(iterates, "forget", lambda: dropped.append(1))
+    told = _launched._Launched(world=2, store=Store())
+    monkeypatch.setattr(_launched, "_here", told)
+    _launched.make_room()
+    assert told.jobs == 1
+    _launched._take_part(0)
+    assert dropped == [1]

@@ -68,6 +68,18 @@ def test_a_lone_process_has_all_of_it() -> None:
     assert p.grad.tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("main", [True, False])
+def test_what_is_kept_is_put_together_on_the_main_rank_alone(main: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Laid:
+        def full_tensor(self) -> torch.Tensor:
+            return torch.arange(6.0).view(2, 3).t()
+
+    monkeypatch.setattr(sharing.ranks, "is_main", lambda: main)
+    found = sharing.on_main(Laid())  # type: ignore[arg-type]
+    assert found.is_contiguous() and found.tolist() == ([[0, 3], [1, 4], [2, 5]] if main else [])
+    assert sharing.on_main(torch.ones(2)).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("kind", ["full", "zero1", "zero2"])
 def test_one_process_has_nobody_to_share_with(kind: str, command: Command, tmp_path: Path) -> None:
     result = command("train", *WORDS, f"outputs={tmp_path}", f"hardware.sharding={kind}")
@@ -237,6 +249,38 @@ def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
     trap()
     assert command(*words, *other).code == 0
     near(root, made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "full", pytest.param("zero2", marks=ZERO)])
+def test_a_checkpoint_that_takes_longer_than_a_signal_waits_is_kept(
+    sharding: str,
+    made: Path,
+    root: Path,
+    command: Command,
+    trap: Callable[..., None],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trap("""
+    from spin_reg import stopping
+    stopping.GRACE = 1.0
+    after(fit._State, "update", lambda state, row: time.sleep(0.5 * (row["step"] >= 5)))
+    def slow(path, content):
+        if path.name == "optimizer.safetensors" and "-000000004." not in str(path) and "-000000002." not in str(path):
+            time.sleep(4)
+    after(durable, "write_bytes", slow)
+""")
+
+    def progress(self: Any, done: int, total: int, unit: str) -> None:
+        if (done, unit) == (5, "step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(console.Screen, "progress", progress)
+    words = ["train", *WORDS, f"outputs={root.parent}", "hardware.processes=2", f"hardware.sharding={sharding}"]
+    result = command(*words)
+    assert result.code == 75, result.err
+    (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
+    assert kept.name[-4:] != ".tmp" and 5 <= int(kept.name[-9:]) < STEPS
 
 
 TRAINED = """

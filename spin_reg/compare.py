@@ -86,9 +86,9 @@ def side(text: str) -> tuple[Run, ...]:
         why = "no run.json lies there" if places else "it does not exist"
         raise ConfigError("Which run?", where=text, why=why, todo="give a run's folder; spin-reg ls lists them")
     if len(sets) > 1:
-        names = groups.differing([listing.named(runs[0].settings) for runs in sets])
+        names = groups.differing([listing.named(runs[0].settings) | dict(runs[0].contents) for runs in sets])
         keys = ", ".join(f"{key}: {_list(values)}" for key, values in names.items() if key != groups.SEED)
-        key = next((key for key in names if key != groups.SEED), "key")
+        key = next((key for key in names if key != groups.SEED and not key.startswith("sources.")), "key")
         todo = f"a side is the same but for the seed: give one, as '{text} {key}={listing.said(names[key][0])}'"
         raise ConfigError("One side of a comparison is several experiments.", where=text, why=keys, todo=todo)
     return sets[0]
@@ -96,7 +96,7 @@ def side(text: str) -> tuple[Run, ...]:
 
 def apart(a: Sequence[Run], b: Sequence[Run]) -> dict[str, tuple[str, str]]:
     """The settings that differ between the sides; where the runs of a side differ (the seed), all of its values."""
-    whole = [[_config(run) for run in runs] for runs in (a, b)]
+    whole = [[_config(run) | dict(run.contents) for run in runs] for runs in (a, b)]
     found = {}
     for key in groups.differing([some for runs in whole for some in runs]):
         left, right = (_list([some.get(key) for some in runs]) for runs in whole)

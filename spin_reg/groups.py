@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from spin_reg import results, rundir
 from spin_reg.results import Values
+from spin_reg.stage import PLACES
 
 SEED = "seed"
 
@@ -20,11 +21,13 @@ class Run:
     Attributes:
         settings: those that change results, as run.json has them: {dotted key: value}; the seed is one of them.
         metrics: of every iterate that was evaluated.
+        contents: hashes of the model and of the data that they name; the same path may hold others in another run.
     """
 
     root: Path
     settings: Mapping[str, Any]
     metrics: Mapping[int, Values]
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -47,7 +50,22 @@ def read(root: Path) -> Run | None:
         DamagedError: its run.json is damaged.
     """
     saved = rundir.provenance(root)
-    return None if saved is None else Run(root, saved["settings"], results.evaluated(root, saved["iterations"]))
+    if saved is None:
+        return None
+    return Run(root, saved["settings"], results.evaluated(root, saved["iterations"]), contents(saved))
+
+
+def contents(saved: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was made from, by its run.json: how the hashes of `model` and `data` begin, of those that have one."""
+    sums = {role: saved.get("sources", {}).get(role, {}).get("sha256", []) for role in ("model", "data")}
+    return {f"sources.{role}": " ".join(str(s)[:8] for s in of if s) for role, of in sums.items()}
+
+
+def experiment(run: Run) -> dict[str, Any]:
+    """What runs have in common that differ in the seed alone; of what lies somewhere the contents count."""
+    settings = {key: v for key, v in run.settings.items() if key != SEED}
+    named = {key for key, role in PLACES.items() if run.contents.get(f"sources.{role}")}
+    return {key: v for key, v in settings.items() if key not in named} | dict(run.contents)
 
 
 def grouped(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
@@ -57,8 +75,7 @@ def grouped(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
     """
     found: dict[str, dict[int, Run]] = {}
     for run in runs:
-        rest = {key: value for key, value in run.settings.items() if key != SEED}
-        seeds = found.setdefault(json.dumps(rest, sort_keys=True), {})
+        seeds = found.setdefault(json.dumps(experiment(run), sort_keys=True), {})
         if run.seed not in seeds or len(run.metrics) > len(seeds[run.seed].metrics):
             seeds[run.seed] = run
     return [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in found.values()]

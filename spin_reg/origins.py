@@ -11,8 +11,8 @@ from spin_reg.corpora import Corpus, Dataset, parts
 from spin_reg.errors import ConfigError
 from spin_reg.plan import Sources
 from spin_reg.settings import Model, Pretrained
+from spin_reg.stage import PLACES
 
-PLACES = {"model.name_or_path": "model", "model.chat_template": "model", "dataset.path": "data"}  # marked `place`
 SHA256 = 64  # hex digits: what lies on this machine is hashed, and data of the Hub are known by a shorter commit
 
 

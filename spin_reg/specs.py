@@ -232,7 +232,7 @@ class EvaluateSpec(Kept):
     """
 
     kind: ClassVar[str] = "evaluate"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     remade: ClassVar[bool] = True  # evaluation settings are no part of a run's identity: others make it anew
 
     k: int

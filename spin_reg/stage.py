@@ -11,6 +11,8 @@ from spin_reg.fingerprint import digest_identity, flatten, identity, plain
 from spin_reg.mt_bench import Asked
 from spin_reg.specs import Spec
 
+PLACES = {"model.name_or_path": "model", "model.chat_template": "model", "dataset.path": "data"}  # marked `place`
+
 
 @dataclass(frozen=True)
 class Sources:

@@ -6,20 +6,25 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT, Command
 from hydra import compose, initialize_config_dir
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin_reg import config, console, data, diagnostics, metrics, models, overrides, plan, results, tables
 from spin_reg.corpora import Toy
-from spin_reg.settings import LengthNorm, Tiny
+from spin_reg.scorer import Scorer
+from spin_reg.settings import LengthNorm, Loss, Tiny
 from spin_reg.specs import EvaluateSpec
 from spin_reg.stages import evaluate
+from spin_reg.stages import train as train_stage
 
 RNG = np.random.default_rng(0)
 Train = Callable[..., Path]
@@ -132,7 +137,7 @@ def test_a_run_reports_what_its_tables_say(spin: Path) -> None:
     wanted = {
         "margin": 0.5 * delta.mean(),
         "margin_se": 0.5 * delta.std(ddof=1) / count,
-        "accuracy": np.mean(delta > 0),
+        "accuracy": np.mean((delta > 0) + (delta == 0) / 2),
         "gap": math.log(2) - loss.mean(),
         "gap_se": loss.std(ddof=1) / count,
         "misalignment": np.mean([d > 0 and real[2][n] < new[n] for d, n in zip(delta, names, strict=True)]),
@@ -161,6 +166,24 @@ def test_a_run_reports_what_its_tables_say(spin: Path) -> None:
         for name in found
         if name.removeprefix("eval/").startswith(("kl_", "heldout")) and not name.endswith("_se")
     )
+
+
+def test_where_an_opponent_gives_the_real_answer_a_guess_wins_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that 0.5 is chance, whatever share of the answers is the same."""
+    deltas = np.array([0.0, 0.0, 1.0, -2.0, 0.5])
+    monkeypatch.setattr(evaluate, "played", lambda *given: (deltas, deltas, deltas))
+    spec: Any = SimpleNamespace(k=1, game=SimpleNamespace(), beta=2.0, length_norm=LengthNorm.none)
+    found = evaluate.game(spec, {})
+    assert found["eval/accuracy"] == 3 / 5
+    spec.matches = [SimpleNamespace(t=0, window=(0,))]
+    (entry,) = evaluate.crossplay(spec, {})
+    assert entry["accuracy"] == 3 / 5 and entry["accuracy_se"] == found["eval/accuracy_se"] > 0
+    row = {"prompt_ids": [1, 2], "real_ids": [3, 4], "generated_ids": [3, 4]}
+    row |= {"reference_real_logprob": -1.0, "reference_generated_logprob": -1.0}
+    torch.manual_seed(0)
+    small = LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    scorer = Scorer(LlamaForCausalLM(small))
+    assert train_stage.pair_terms(scorer, [row], Loss(), 0.5)["accuracy"].tolist() == [0.5]
 
 
 def test_readme_names_every_metric(spin: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs that differ only in the seed, against numbers worked out by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ def test_runs_are_grouped_by_all_but_the_seed() -> None:
         [(None, 2)],
     ]
     assert grouped([]) == []
+
+
+def test_runs_on_other_data_are_another_experiment_and_the_same_data_elsewhere_are_not() -> None:
+    """What lies at a path may have changed between two runs."""
+    here = {"sources.data": "aaaa", "sources.model": ""}
+    runs = [run(seed, **{"dataset.path": path}) for seed, path in enumerate(["x", "x", "y"])]
+    one, changed, moved = (replace(r, contents=here | {"sources.data": d}) for r, d in zip(runs, "aba", strict=True))
+    assert [[r.seed for r in group] for group in grouped([one, changed, moved])] == [[0, 2], [1]]
+    assert [[r.seed for r in group] for group in grouped(runs)] == [[0, 1], [2]]  # of which no hash is on record
 
 
 def test_of_two_equal_runs_the_one_that_came_further_counts() -> None:

@@ -12,12 +12,13 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from spin_reg import config, origins, overrides, sources, specs
+from spin_reg import config, overrides, sources, specs
 from spin_reg.config import Config
 from spin_reg.corpora import Jsonl
 from spin_reg.fingerprint import digest, identity, plain
 from spin_reg.plan import Sources, Stage, plan
 from spin_reg.settings import Pretrained
+from spin_reg.stage import PLACES
 
 RESULT = "another value is another run: its name changes, and a stage"
 RUNTIME = "how or where, never what: neither changes"
@@ -229,7 +230,7 @@ def cases() -> Iterator[tuple[Row, str]]:
 
 def test_every_key_is_declared_once_and_every_declared_key_is_one() -> None:
     declared = [row.key for row in TABLE]
-    assert {row.key for row in TABLE if row.effect == PLACE} == origins.PLACES.keys()
+    assert {row.key for row in TABLE if row.effect == PLACE} == PLACES.keys()
     assert sorted(declared) == sorted(set(declared))
     assert sorted(declared) == config.all_keys()
     groups = {row.key for row in TABLE if row.effect == GROUP}
@@ -258,7 +259,7 @@ def test_every_key_does_what_it_is_declared_to_do(row: Row, option: str) -> None
     if row.effect == RESULT:
         assert names[0] != names[1] and set(new.values()) - set(old.values())
     elif row.effect == PLACE:
-        assert names[0] != names[1] and old == new and row.key in origins.PLACES
+        assert names[0] != names[1] and old == new and row.key in PLACES
     elif row.effect == NAME:
         assert names[1] == row.value and old == new
     else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from spin_reg import metrics
 from spin_reg.fingerprint import canonical
+from spin_reg.groups import contents
 from spin_reg.report.gather import Run
 
 SEED, CHOICE, ALPHA = "seed", "regularizer._choice", "regularizer.alpha"
@@ -79,11 +80,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Group], list[Run]]:
 
 def _made_of(run: Run) -> Settings:
     """The settings, and the contents of what they name: the same path may hold other data in another run."""
-    sources = {kind: run.record["sources"].get(kind, {}).get("sha256", []) for kind in ("model", "data")}
-    return {
-        **run.settings,
-        **{f"sources.{kind}": " ".join(str(s)[:8] for s in sums if s) for kind, sums in sources.items()},
-    }
+    return {**run.settings, **contents(run.record)}
 
 
 def _place(group: Group) -> tuple[bool, str, float, str]:

@@ -216,18 +216,19 @@ def played(k: int, spec: PairsSpec, length_norm: LengthNorm, inputs: Mapping[str
 def game(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> Values:
     """Iterate k on held-out pairs, with the reference and the sampler of iteration k - 1.
 
-    eval/margin: beta times Delta. eval/accuracy: the share of pairs with Delta > 0. Within an iteration both rise; over
-    iterations an accuracy that falls toward one half says that answers can hardly be told from real ones: across
-    iterations low is good. eval/gap and eval/misalignment: see `diagnostics.gaps` and `diagnostics.misaligned`.
-    eval/heldout_generated_logprob: log pi_k of the opponent's answers, nats a sequence, beside heldout_real_logprob:
-    a margin that grows while both fall is bought with likelihood.
+    eval/margin: beta times Delta. eval/accuracy: the share of pairs with Delta > 0, ties (where the opponent gave the
+    real answer) half, so that one half is chance. Within an iteration both rise; over iterations an accuracy that
+    falls toward one half says that answers can hardly be told from real ones: across iterations low is good. eval/gap
+    and eval/misalignment: see `diagnostics.gaps` and `diagnostics.misaligned`. eval/heldout_generated_logprob: log pi_k
+    of the opponent's answers, nats a sequence, beside heldout_real_logprob: a margin that grows while both fall is
+    bought with likelihood.
     """
     assert spec.game is not None and spec.beta is not None
     deltas, real, generated = played(spec.k, spec.game, spec.length_norm, inputs)
     z = spec.beta * deltas
     return (
         diagnostics.mean("eval/margin", z)
-        | diagnostics.mean("eval/accuracy", deltas > 0)
+        | diagnostics.mean("eval/accuracy", np.heaviside(deltas, 0.5))
         | diagnostics.mean("eval/gap", diagnostics.gaps(z))
         | diagnostics.mean("eval/misalignment", diagnostics.misaligned(deltas, real, generated))
         | diagnostics.mean("eval/heldout_generated_logprob", generated)
@@ -244,7 +245,9 @@ def crossplay(spec: EvaluateSpec, inputs: Mapping[str, Path]) -> list[dict[str, 
     for match in spec.matches:
         (j,) = match.window
         deltas, _, _ = played(match.t + 1, match, spec.length_norm, inputs)
-        entries.append({"discriminator": match.t + 1, "answers": j, **diagnostics.mean("accuracy", deltas > 0)})
+        entries.append(
+            {"discriminator": match.t + 1, "answers": j, **diagnostics.mean("accuracy", np.heaviside(deltas, 0.5))}
+        )
     return entries
 
 

@@ -109,7 +109,7 @@ def pair_terms(scorer: Scorer, rows: Sequence[Row], loss: Loss, beta: float) -> 
     return {
         "loss": LOSSES[loss.name](delta, beta),
         "margin": beta * delta,
-        "accuracy": (delta > 0).double(),
+        "accuracy": torch.heaviside(delta.detach(), delta.new_tensor(0.5)),
         "real_logprob": real,
         "generated_logprob": generated,
     }

@@ -7,10 +7,11 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from spin_reg import __version__, launched, manual, stopping, verbs
+from spin_reg import __version__, launched, manual, sheet, stopping, verbs
 from spin_reg.errors import ConfigError, SpinRegError
 from spin_reg.redact import redacted
 
@@ -24,6 +25,10 @@ def conf_dir() -> Path:
 def main() -> None:
     """The console script."""
     program, *words = sys.argv
+    sheet.typed_in(None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # not every terminal can show what a model may say
     try:
         code = launched.main(partial(_dispatch, program, words))
     except SpinRegError as error:

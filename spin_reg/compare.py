@@ -88,8 +88,9 @@ def side(text: str) -> tuple[Run, ...]:
     if len(sets) > 1:
         names = groups.differing([listing.named(runs[0].settings) | dict(runs[0].contents) for runs in sets])
         keys = ", ".join(f"{key}: {_list(values)}" for key, values in names.items() if key != groups.SEED)
-        key = next((key for key in names if key != groups.SEED and not key.startswith("sources.")), "key")
-        todo = f"a side is the same but for the seed: give one, as '{text} {key}={listing.said(names[key][0])}'"
+        key = next((key for key in names if key != groups.SEED and not key.startswith("sources.")), None)
+        way = "by its folders" if key is None else f"as '{text} {key}={listing.said(names[key][0])}'"
+        todo = f"a side is the same but for the seed: give one, {way}"
         raise ConfigError("One side of a comparison is several experiments.", where=text, why=keys, todo=todo)
     return sets[0]
 

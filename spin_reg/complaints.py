@@ -38,6 +38,11 @@ def unknown_key(key: str, known: list[str]) -> ConfigError:
     """A ConfigError that names the nearest keys."""
     last = {"lr": "learning_rate"}.get(key, key.rpartition(".")[2])
     near = [name for name in known if name.rpartition(".")[2] == last][:3]
-    near = near or difflib.get_close_matches(key, known, n=3, cutoff=0.5) or (known if len(known) < 10 else [])
+    near = (
+        near
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.9)
+        or difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        or (known if len(known) < 10 else [])
+    )
     todo = f"did you mean {' or '.join(near)}?" if near else "`spin-reg train --help` lists all"
     return ConfigError(f"There is no setting {key}.", where=key, why="no part of the configuration has it", todo=todo)

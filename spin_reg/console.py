@@ -131,9 +131,14 @@ def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None
     if not planned.stages:
         say(f"{planned.root}: nothing to evaluate.")
         return
-    if not planned.made:
-        say(f"{planned.root} is finished: nothing to do.")
     iterations = planned.config.schedule.iterations
+    newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
+    played = int(newest.removeprefix("iterate-"))
+    unfinished = not planned.whole and planned.stop is None and played < iterations
+    if unfinished:
+        say(f"{planned.root}: {played} of {iterations} iterates are made, and what is there is evaluated.")
+    elif not planned.made:
+        say(f"{planned.root} is finished: nothing to do.")
     table = iterates_table(planned.root, iterations)
     if table is not None:
         rest = details(planned.root, iterations, screen.console.width) if everything else []
@@ -144,14 +149,13 @@ def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None
         if found is not None:
             screen.console.print(found)
     place = short(planned.root)
-    newest = max((p.parent.name for p in planned.root.glob("iterate-??/model")), default="iterate-00")
-    more = f"schedule.iterations={iterations + 2}"
+    more = "" if unfinished else f" schedule.iterations={iterations + 2}"
     if planned.stop is not None:
         say(f"stopped  {planned.stop.words()}")
-        more = "schedule.stop_when=null"
+        more = " schedule.stop_when=null"
     say(f"model    {place}/{newest}/model")
     say(f"metrics  {place}/metrics.jsonl")
-    say(f"go on    spin-reg resume {shlex.quote(place)} {more}")
+    say(f"go on    spin-reg resume {shlex.quote(place)}{more}")
 
 
 def _table(title: str, first: str) -> Table:

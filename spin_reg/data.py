@@ -169,7 +169,7 @@ def _check_dropped(dataset: Corpus, dropped: list[str], looked: int) -> None:
             f"{len(dropped)} of {looked} rows would be dropped.",
             where="dataset.path=" + ", ".join(corpora.label(part) for part in corpora.parts(dataset)),
             why=rows.first(dropped),
-            todo=f"raise the limit they are over, or dataset.max_dropped (now {dataset.max_dropped:g})",
+            todo=f"mend what they are dropped for, or raise dataset.max_dropped (now {dataset.max_dropped:g})",
         )
 
 

@@ -180,17 +180,17 @@ def _base_folder(base: Path, policy: Policy | BenchmarkSpec) -> tuple[Path, dict
 def save(loaded: Loaded, folder: Path, base: dict[str, Any] | None = None) -> None:
     """An ordinary Hugging Face folder: safetensors, configuration, tokenizer with its chat template.
 
-    With the record of a `base`: a PEFT folder with the adapter alone, and that record.
+    With the record of a `base`: a PEFT folder with the adapter alone, the tokenizer, and that record.
     """
     if base is not None:
         from spin_reg import adapters
 
         adapters.save(loaded.model, base, folder)
         durable.write_json(folder / BASE_FILE, base)
-        return
     with durable.disk_errors(folder):
-        loaded.model.save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        if base is None:
+            loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)  # beside an adapter too: the base's own may render otherwise
 
 
 def accelerator(hardware: Hardware) -> Accelerator:

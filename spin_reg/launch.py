@@ -160,7 +160,7 @@ def _run(planned: Planned, listener: Listener, read: Mapping[Split, int] | None,
         _warn_of_versions(root, [] if data_alone else _also(planned))
         _warn_of_precision(settings)
         if not planned.config_whole:
-            log.warning("%s is damaged or missing: it was written again", root / CONFIG)
+            log.warning("%s is damaged or was edited; it is a record, and was written again", root / CONFIG)
         for line in planned.moved.values():
             log.info("%s; what lies there is the same", line)
         keep = settings.keep_iterates

@@ -43,7 +43,7 @@ def iterate(root: Path, name: str, by: str | None = None) -> Named:
             "This iterate is not there.",
             where=f"{root}, --iterate {name}" + (f", which is {words}" if words != name else ""),
             why=("its weights were removed; " if gone else "") + _listed(there),
-            todo=f"{again} makes it again" if gone else "spin-reg resume RUN makes what is missing",
+            todo=f"{again} makes it again" if gone else f"spin-reg resume RUN schedule.iterations={k} makes it",
         )
     made = rundir.manifest(there[k])
     assert made is not None

@@ -1,7 +1,7 @@
 """What a run is made from, by content: hashed, or taken over from the run's record while nothing has moved."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ def moved(root: Path, old: dict[str, Any], new: dict[str, Any]) -> dict[str, str
 
 
 def _other(root: Path, why: str) -> ConfigError:
-    todo = "leave these settings as they were, or give this run another run_name"
+    todo = "leave these settings as they were; spin-reg train with another run_name, or none, begins a run with them"
     return ConfigError("This run folder was made with other settings.", where=str(root), why=why, todo=todo)
 
 
-def found(settings: Config, known: dict[str, Any], moved: Mapping[str, str]) -> Sources:
+def found(settings: Config, known: dict[str, Any], moved: Collection[str] = ()) -> Sources:
     """Hash what the settings point at; what a run folder has on record is taken over while nothing has moved.
 
     And where it is not there any more: what was made from it needs it no longer, and who reads it will say so. What was

@@ -144,6 +144,11 @@ def explain(error: Exception) -> SpinRegError:
         return _not_there(str(of_settings.full_key or strange[1])) if strange else config_error(of_settings)
     if isinstance(error, HydraException):
         lines = [line.strip() for line in text.splitlines() if line.strip()]
+        several = re.search(r"Ambiguous value for argument '([^']+)'|Sweep parameters '([^']+)'", text)
+        if several:
+            word = several[1] or several[2]
+            why, todo = "it has several values, and one run takes one", f"add -m to make a run of each: -m '{word}'"
+            return ConfigError("One run, or several?", where=word, why=why, todo=todo + ("; or a list: key=[a,b]"))
         return ConfigError(
             "The settings cannot be composed.",
             where="the command line",

@@ -52,7 +52,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any)
         escape = "it reaches for what templates may not touch, " if isinstance(error, SecurityError) else ""
         raise ConfigError(
             "The model's chat template cannot be used.",
-            where=f"the chat template of {tokenizer.name_or_path}",
+            where=f"model.chat_template, or the one of {tokenizer.name_or_path} where none is given",
             why=f"{escape}{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             todo="use a model with a sound chat template, or give another: model.chat_template=FILE",
         ) from error

@@ -3,12 +3,13 @@
 import os
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from spin_reg import config, durable, known, launch, overrides, rundir, space, vetting
+from spin_reg import config, durable, known, launch, overrides, rundir, sheet, space, vetting
 from spin_reg.errors import ConfigError, RunBusy, SpinRegError
 
 YES = "--yes"
@@ -39,10 +40,24 @@ def words_of(verb: str, words: Sequence[str]) -> list[str]:
             "This is no run.", where=str(root), why="it has no run.json", todo="spin-reg status lists runs"
         )
     vetting.check_saved(saved["overrides"], root / rundir.RUN)
+    sheet.typed_in(Path.cwd())
     if Path(saved["cwd"]).is_dir():
         os.chdir(saved["cwd"])
     place = [f"outputs={quoted(str(root.parent))}", f"run_name={quoted(root.name)}"]
-    return _last_wins([*saved["overrides"], *words[1:], *place])
+    return _last_wins([*_searched(saved.get("command", [])), *saved["overrides"], *words[1:], *place])
+
+
+def _searched(command: Sequence[str]) -> list[str]:
+    """Where the options of one's own lie that a run was made with: Hydra is to look there again."""
+    flags, found = ("--config-dir", "-cd"), list[str]()
+    for before, word in pairwise(map(str, command)):
+        name, equals, folder = word.partition("=")
+        if before in flags or (name in flags and equals):
+            place = Path(word if before in flags else folder).expanduser().absolute()
+            found = [f"hydra.searchpath=[{quoted(f'file://{place}')}]"]
+        if name == "hydra.searchpath":
+            found = [word]
+    return found
 
 
 def quoted(text: str) -> str:
@@ -80,27 +95,32 @@ def gc(words: Sequence[str], conf: Path) -> int:
     alone = (place / rundir.RUN).exists()
     outputs = place.parent if alone else place
     roots = [place] if alone else sorted(path.parent for path in place.glob(f"*/{rundir.RUN}"))
-    collected = [_collect(root, keep, conf, remove=YES in words) for root in roots]
+    found = list[space.Garbage]()
+    collected = [_collect(root, keep, conf, found, remove=YES in words) for root in roots]
     index = space.stale_index(outputs)
     if index:
         print(f"{outputs / known.STAGES}: {len(index)} entries of stages that are gone")
         for path in index if YES in words else []:
             durable.remove(path)
     done = "removed" if YES in words else f"to be freed; nothing was removed: add {YES} to do it"
-    print(f"{space.human(sum(frees for frees, _ in collected))} {done}")
+    frees = sum(size for size, _ in collected) if YES in words else space.freed(found)
+    print(f"{space.human(frees)} {done}")
     return next((code for _, code in collected if code), 0)
 
 
-def _collect(root: Path, keep: Sequence[str], conf: Path, *, remove: bool) -> tuple[int, int]:
-    """One run's garbage, printed and perhaps removed; the bytes that frees, and an exit code."""
+def _collect(
+    root: Path, keep: Sequence[str], conf: Path, shown: list[space.Garbage], *, remove: bool
+) -> tuple[int, int]:
+    """One run's garbage, printed, and removed or added to what is `shown`; the bytes that frees, and an exit code."""
     try:
         planned = _planned(root, keep, conf)
         kept = planned.future
         with rundir.owned(root):
             found = space.garbage(root, planned.stages, planned.config.keep_iterates, kept)
             for item in found:
-                size = space.human(item.frees) if item.frees else "nothing (another run holds it too)"
+                size = space.human(item.frees) if item.frees else "nothing by itself (another run holds it too)"
                 print(f"{shlex.quote(str(item.path))}: {item.why}; frees {size}")
+            shown += found
             if remove:
                 space.remove(found)
         return sum(item.frees for item in found), 0

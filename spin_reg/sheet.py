@@ -53,9 +53,17 @@ def show_json(value: Any, *, line: bool = False) -> None:
     print(json.dumps(value, indent=None if line else 1, ensure_ascii=False))
 
 
+_typed_in: list[Path] = []  # where the command was typed, if the process has moved since
+
+
+def typed_in(folder: Path | None) -> None:
+    """Tell where the command was typed, before the process moves; None: it has not."""
+    _typed_in[:] = [] if folder is None else [folder]
+
+
 def short(path: Path) -> str:
-    """A path as one would type it here."""
+    """A path as one would type it where the command was typed."""
     try:
-        return str(path.relative_to(Path.cwd()))
+        return str(path.relative_to(_typed_in[0] if _typed_in else Path.cwd()))
     except ValueError:
         return str(path)

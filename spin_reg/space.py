@@ -143,7 +143,7 @@ def check(outputs: Path, needed: Need) -> None:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Something that nothing needs. `frees` is 0 where other runs hold the same file."""
+    """Something that nothing needs. `frees`: bytes, when it alone goes: 0 where other runs hold the same file."""
 
     path: Path
     why: str
@@ -174,6 +174,17 @@ def garbage(root: Path, stages: Sequence[Stage], keep: KeepIterates, future: fro
     return found
 
 
+def freed(found: Sequence[Garbage]) -> int:
+    """Bytes that all of it frees together: a file that several runs hold goes with the last of them."""
+    names: dict[tuple[int, int], int] = {}
+    total = 0
+    for seen in (path.stat() for item in found for path in _files(item.path)):
+        key = seen.st_dev, seen.st_ino
+        names[key] = names.get(key, 0) + 1
+        total += seen.st_size if names[key] == seen.st_nlink else 0
+    return total
+
+
 def remove(found: Sequence[Garbage]) -> None:
     """Remove what `garbage` found; of weights the record stays, and what needs them later makes them again."""
     for folder in sorted({item.model for item in found if item.model is not None}):
@@ -192,6 +203,9 @@ def stale_index(outputs: Path) -> list[Path]:
     return found
 
 
+def _files(path: Path) -> list[Path]:
+    return [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+
+
 def _size(path: Path) -> int:
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return sum(p.stat().st_size for p in files if p.stat().st_nlink == 1)
+    return sum(p.stat().st_size for p in _files(path) if p.stat().st_nlink == 1)

@@ -97,7 +97,7 @@ def draw_tree(tree: Sequence[Member]) -> None:
     rows = [
         [
             "0 base" if m.iterate == 0 else str(m.iterate),
-            m.made if m.parent is None else str(m.parent) + (" (at work)" if m.made == "at work" else ""),
+            m.made if m.parent is None else str(m.parent) + (" (begun)" if m.made == "at work" else ""),
             answered(m),
             m.reference or "",
             "" if m.heldout_nll is None else f"{m.heldout_nll:.3f}",

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, SMALL, Command, read_jsonl
 from faults import Killed
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spin_reg import adapters, checkpoint, iterates, models, sizes
 from spin_reg.context import Context
@@ -109,13 +109,17 @@ def test_an_iterate_is_a_peft_folder_over_the_base(base: Path, made: Path) -> No
     assert (made / "iterate-00/base.json").exists() and not (made / "iterate-00/model").exists()
     for k in (1, 2, 3):
         folder = made / f"iterate-{k:02d}/model"
-        assert {p.name for p in folder.iterdir()} == ADAPTER_FILES | {"stage.json"}
+        tokenizer = {p.name for p in base.iterdir()} - {"config.json", "generation_config.json", "model.safetensors"}
+        assert {p.name for p in folder.iterdir()} == ADAPTER_FILES | {"stage.json"} | tokenizer
         assert json.loads((folder / "base.json").read_text()) == json.loads((made / "iterate-00/base.json").read_text())
         theirs = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
         batch = collate([[1, 2, 3], [4]], [[5, 6], [7, 8, 9]])
         with torch.no_grad():
             assert torch.equal(sequence_logprobs(theirs, batch), logprobs(folder))
     assert not torch.equal(logprobs(made / "iterate-00"), logprobs(made / "iterate-01/model"))
+    said = [{"role": "user", "content": "x"}]
+    own, of_base = (AutoTokenizer.from_pretrained(place) for place in (made / "iterate-03/model", base))
+    assert own.apply_chat_template(said) == of_base.apply_chat_template(said)
     iterates.forget()
 
 

@@ -76,6 +76,8 @@ BAD = [
     (["lr=1e-5"], "schedule.learning_rate"),
     (["dataset=mixture", "dataset.parts=[{pth:a.jsonl}]"], "did you mean path"),
     (["evaluation.benchmarks=[{zz:a}]"], "did you mean task or num_fewshot?"),
+    (["alpha=0,1"], "add -m to make a run of each"),
+    (["seed=range(3)"], "add -m to make a run of each"),
     (["tracker=mlflow"], "tracker=tensorboard tracker.name=mlflow"),
     (["zzzz=1"], "`spin-reg train --help` lists all"),
     (["dataset.path=x.jsonl"], "add dataset=jsonl or dataset=hub"),

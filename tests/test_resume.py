@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import SMALL, Command, weights
 
-from spin_reg import fit, iterates, launch, rundir, runner
+from spin_reg import console, fit, iterates, launch, rundir, runner
 from spin_reg.errors import DamagedError
 from spin_reg.settings import Sharding
 from spin_reg.stage import Stage
@@ -432,3 +434,65 @@ def test_packages_that_only_some_models_need_are_recorded_for_them(
     for some, known in ((todo, used), (data, [])):
         planned: Any = SimpleNamespace(config=settings, todo=some)
         assert launch._also(planned) == known
+
+
+def test_a_run_with_settings_of_ones_own_is_found_by_every_verb(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they lie is remembered, relative to where it was typed or not."""
+    preset = tmp_path / "own conf/experiment/mine.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text("# @package _global_\nschedule: {beta: 7}\n")
+    monkeypatch.chdir(tmp_path)
+    words = [*SMALL, "schedule.iterations=1", "experiment=mine", "run_name=run", "dataset.max_response_tokens=8"]
+    made = command("train", "--config-dir", "own conf", *words)
+    assert made.code == 0, made.err
+    monkeypatch.chdir("/")
+    run = str(tmp_path / "outputs/run")
+    calls = [["resume", run], ["evaluate", run], ["gc", run], ["sample", run, "--prompt", "A1"]]
+    calls += [["export", run, "--to", str(tmp_path / "taken")], ["resume", run, "schedule.iterations=2"]]
+    for call in calls:
+        monkeypatch.chdir("/")
+        done = command(*call)
+        assert done.code == 0, (call, done.err)
+    assert "beta: 7" in Path(run, "config.yaml").read_text().replace("- 7.0", "beta: 7")
+
+
+def test_what_a_run_says_at_its_end_can_be_typed_where_the_command_was(
+    train: Train, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = train("schedule.iterations=1", "evaluation=none")
+    (tmp_path / "aside").mkdir()
+    for place, shown in ((tmp_path, "outputs/run"), (tmp_path / "aside", str(root)), (root.parent, "run")):
+        monkeypatch.chdir(place)
+        said = command("resume", os.path.relpath(root))
+        assert f"spin-reg resume {shown} schedule.iterations=3" in said.err.replace("\n", " "), said.err
+
+
+def test_an_evaluation_of_a_run_that_was_stopped_does_not_call_it_finished(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+
+    def progress(self: Any, done: int, total: int, unit: str) -> None:
+        if unit == "step" and (tmp_path / "o/run/iterate-01/model").exists() and not sent:
+            sent.append(done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    words = [*SMALL, "schedule.iterations=3", "run_name=run", f"outputs={tmp_path / 'o'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(console.Screen, "progress", progress)
+        assert command("train", *words).code == 75
+    said = command("evaluate", str(tmp_path / "o/run"))
+    assert said.code == 0 and "finished" not in said.err and "1 of 3 iterates are made" in said.err
+    assert f"spin-reg resume {tmp_path / 'o/run'}\n" in said.err
+    assert command("resume", str(tmp_path / "o/run")).code == 0
+    assert "is finished" in command("evaluate", str(tmp_path / "o/run")).err
+
+
+def test_a_terminal_that_cannot_show_a_letter_is_no_failure(train: Train) -> None:
+    made = train("schedule.iterations=1", "evaluation=none")
+    root = made.rename(made.with_name("caf\u00e9"))
+    words = [sys.executable, "-m", "spin_reg", "ls", str(root.parent)]
+    done = subprocess.run(words, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"caf\\xe9" in done.stdout, done.stderr

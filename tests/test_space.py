@@ -150,8 +150,10 @@ def test_gc_shows_before_it_removes(train: Train, command: Command, tmp_path: Pa
     assert "given up" in shown and "5 kB" in shown and "nothing was removed" in shown
     assert "iterate-01/model/model.safetensors" in shown and "another run holds it too" in shown
     assert sorted(place.rglob("*")) == before
+    total = re.search(r"^(\S+ \S+) to be freed", shown, re.M)
     assert "given up" in command("gc", str(root)).out and kept(root) == [0, 1, 2]
-    assert command("gc", str(place), "keep_iterates=last", "--yes").code == 0
+    removed = command("gc", str(place), "keep_iterates=last", "--yes")
+    assert removed.code == 0 and total and f"{total[1]} removed" in removed.out  # what both runs hold, too
     assert kept(root) == kept(shared) == [2] and not (root / "iteration-07.tmp").exists()
     assert "0 B to be freed" in command("gc", str(place), "keep_iterates=last").out
     assert "finished" in command("resume", str(root)).err

@@ -25,6 +25,18 @@ from spin_reg.spool import BATCH, Spool
 
 Progress = Callable[[int, int, str], None]  # done, total, unit; raises where a signal asks to stop
 FORMATS = ("parquet", "json", "csv", "arrow", "text")  # of a Hub data set's files
+OTHERS = {
+    ".csv",
+    ".tsv",
+    ".xlsx",
+    ".arrow",
+    ".feather",
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".zip",
+}  # in which no line is JSON
 SHOWN = 20  # bad rows named in one error
 
 
@@ -57,6 +69,9 @@ def opened(part: Jsonl | Hub) -> Iterator[Source]:
         path = Path(part.path).expanduser()
         if not path.is_file():
             raise sources.not_found(path)
+        if path.suffix.lower() in OTHERS:
+            todo = "write it as .jsonl or .parquet; a folder of .csv files is read by dataset=hub dataset.path=FOLDER"
+            raise _unreadable(path, f"{path.suffix} files are not read", todo)
         if path.suffix == ".parquet":
             folder = Path(stack.enter_context(stopping.temporary_folder()))
             spools: list[Spool] = []

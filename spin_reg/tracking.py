@@ -25,6 +25,7 @@ from spin_reg.fingerprint import digest
 from spin_reg.metrics import best
 from spin_reg.settings import Tracker, Wandb
 
+OFFLINE = "W&B, offline,"
 log = logging.getLogger(__name__)
 WANDB_FILE = "wandb.json"
 AFTER_A_SIGNAL = 2.0  # seconds that a stopped run waits for its tracker at most
@@ -128,7 +129,7 @@ class WandbMirror:
         self.sent, self._first = 0, int(self._run.starting_step or 0)
         self._there = _there(root)[: self._first]  # the rest of it never arrived
         self._known = set(self._there)
-        self.place = f"W&B, offline, in {self._run.sync_dir}" if self._run.offline else f"W&B, {self._run.url}"
+        self.place = f"{OFFLINE} in {self._run.sync_dir}" if self._run.offline else f"W&B, {self._run.url}"
         for prefix in ("sft", "train"):
             self._run.define_metric(f"{prefix}/*", step_metric="step_in_all")
         self._run.define_metric("eval/*", step_metric="iterate")
@@ -321,7 +322,10 @@ def replay(metrics: Path, tracker: Tracker, settings: dict[str, Any]) -> str:
         todo = "mend it and run the same command again, or give another tracker=..."
         raise SpinRegError("The tracker failed.", where=f"tracker={tracker.name}", why=why, todo=todo) from error
     _unclosed.discard(token)
-    return f"{opened.sent} of {len(rows)} rows sent to {opened.place}"
+    said = f"{opened.sent} of {len(rows)} rows {{}} {opened.place}"
+    if not opened.place.startswith(OFFLINE):
+        return said.format("sent to")
+    return said.format("written to") + "; nothing was sent: for that, wandb login (or WANDB_API_KEY) and the same again"
 
 
 def leave(code: int) -> NoReturn:

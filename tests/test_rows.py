@@ -333,6 +333,8 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("x.jsonl", json.dumps(GOOD[0]).encode(), "1 prompts are held out and 0 rows are left"),
     ("x.json", b"[" * 100_000, "it is nested too deeply"),
     ("x.parquet", b"PAR1 garbage PAR1", "it is not readable Parquet"),
+    ("x.csv", b"prompt,response\nx,y\n", ".csv files are not read"),
+    ("x.jsonl.gz", b"\x1f\x8b", ".gz files are not read"),
     ("folder/x.jsonl", b"", "reads one file"),
     ("elsewhere.jsonl", b"", "no such file"),
 ]

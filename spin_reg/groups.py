@@ -61,11 +61,10 @@ def contents(saved: Mapping[str, Any]) -> dict[str, str]:
     return {f"sources.{role}": " ".join(str(s)[:8] for s in of if s) for role, of in sums.items()}
 
 
-def experiment(run: Run) -> dict[str, Any]:
+def experiment(settings: Mapping[str, Any], of: Mapping[str, str]) -> dict[str, Any]:
     """What runs have in common that differ in the seed alone; of what lies somewhere the contents count."""
-    settings = {key: v for key, v in run.settings.items() if key != SEED}
-    named = {key for key, role in PLACES.items() if run.contents.get(f"sources.{role}")}
-    return {key: v for key, v in settings.items() if key not in named} | dict(run.contents)
+    named = {key for key, role in PLACES.items() if of.get(f"sources.{role}")}
+    return {key: value for key, value in settings.items() if key != SEED and key not in named} | dict(of)
 
 
 def grouped(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
@@ -75,7 +74,7 @@ def grouped(runs: Iterable[Run]) -> list[tuple[Run, ...]]:
     """
     found: dict[str, dict[int, Run]] = {}
     for run in runs:
-        seeds = found.setdefault(json.dumps(experiment(run), sort_keys=True), {})
+        seeds = found.setdefault(json.dumps(experiment(run.settings, run.contents), sort_keys=True), {})
         if run.seed not in seeds or len(run.metrics) > len(seeds[run.seed].metrics):
             seeds[run.seed] = run
     return [tuple(seeds[seed] for seed in sorted(seeds)) for seeds in found.values()]

@@ -508,3 +508,24 @@ def test_a_command_is_told_with_its_verb(words: list[str]) -> None:
     record = {"command": ["/x/spin_reg/__main__.py", *words], "versions": {}, "sources": {}}
     (first, *_) = sheets.provenance([SimpleNamespace(record=record)])  # type: ignore[list-item]
     assert first == ("command", "spin-reg train alpha=0.5")
+
+
+def test_bases_are_one_number_only_where_they_are_one(tmp_path: Path) -> None:
+    for name, base, data in (("a", 3.0, "aaaa"), ("b", 3.0, "aaaa"), ("c", 5.0, "cccc")):
+        settings = {"regularizer._choice": "none"} if name == "a" else KL | {"regularizer.alpha": [0.5]}
+        run(tmp_path / name, {"kl_data": [base, base - 1]}, settings, data=data)
+    assert "The base has 3.000." in write(tmp_path / "a", tmp_path / "b")
+    assert "Their bases have 3.000 to 5.000." in write(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+
+
+def test_runs_on_other_data_are_compared_as_such(tmp_path: Path, command: Command) -> None:
+    for seed, data in enumerate(["aaaa", "aaaa", "cccc"]):
+        place = {"dataset._choice": "jsonl", "dataset.path": f"{seed}.jsonl", "seed": seed}
+        run(tmp_path / f"none{seed}", {"heldout_nll": [3.0, 2.0 + seed]}, place, data=data)
+    run(tmp_path / "other", {"heldout_nll": [3.0, 2.0]}, {"dataset._choice": "jsonl", "dataset.path": "x"}, data="cccc")
+    both = command("compare", str(tmp_path / "none[01]"), str(tmp_path / "other"), "--samples", "0")
+    assert both.code == 0 and "sources.data\taaaa\tcccc" in both.out, both.err
+    several = command("compare", str(tmp_path / "none*"), str(tmp_path / "other"))
+    assert several.code == 2 and "sources.data: aaaa, cccc" in several.err
+    (one,) = [made for made in groups.group(gather.runs([tmp_path / f"none{seed}" for seed in (0, 1)])[0])[0]]
+    assert sorted(one.runs) == [0, 1]  # the same data in two places

@@ -8,7 +8,7 @@ from typing import Any
 
 from spin_reg import metrics
 from spin_reg.fingerprint import canonical
-from spin_reg.groups import contents
+from spin_reg.groups import contents, experiment
 from spin_reg.report.gather import Run
 
 SEED, CHOICE, ALPHA = "seed", "regularizer._choice", "regularizer.alpha"
@@ -67,7 +67,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Group], list[Run]]:
     found: dict[str, dict[int, Run]] = {}
     repeats: list[Run] = []
     for run in sorted(runs, key=lambda run: (-len(run.iterates), run.root.name)):
-        seeds = found.setdefault(_key(_made_of(run), SEED), {})
+        seeds = found.setdefault(canonical(experiment(run.settings, contents(run.record))), {})
         if run.seed in seeds:
             repeats.append(run)
         else:

@@ -1,5 +1,7 @@
 """What a page says in sentences: its title, what came out, and how to read its figures."""
 
+from statistics import fmean
+
 from spin_reg import metrics
 from spin_reg.report import groups, names
 from spin_reg.report.groups import Stat
@@ -129,14 +131,24 @@ def lead(story: Story) -> list[str]:
         (group, groups.over(made, lambda v: v.best)) for group, made in zip(story.groups, story.judged, strict=True)
     ]
     known = [(group, best) for group, best in bests if best is not None]
-    start = groups.stat([v.base for made in story.judged for v in made.values()])
-    if not known or start is None:
+    if not known:
         return ["Fewer than two iterates have been evaluated, so there is nothing to compare yet."]
     good = sorted(known, key=lambda one: metrics.badness(metric, one[1].mean))
     uneven = len({found.n for _, found in known}) > 1
     few = "; ".join(f"{group.label}: {_mean(found, uneven)}".replace(" ", "\xa0") for group, found in good[:4])
     more = f" and {len(good) - 4} more" if len(good) > 4 else ""
-    return [f"{name} at the best iterate of each run: {few}{more}. The base has {number(start.mean)}."]
+    return [f"{name} at the best iterate of each run: {few}{more}. {_bases(story)}."]
+
+
+def _bases(story: Story) -> str:
+    """What the runs began with: one number only where groups share their bases, seed by seed."""
+    by_seed: dict[int, set[float]] = {}
+    for seed, verdict in (each for made in story.judged for each in made.items()):
+        by_seed.setdefault(seed, set()).add(verdict.base)
+    if all(len(found) == 1 for found in by_seed.values()):
+        return f"The base has {number(fmean(value for found in by_seed.values() for value in found))}"
+    means = [fmean(verdict.base for verdict in made.values()) for made in story.judged if made]
+    return f"Their bases have {number(min(means))} to {number(max(means))}"
 
 
 def _mean(found: Stat, uneven: bool) -> str:

@@ -295,10 +295,11 @@ def _run(cfg: Any, *, typed: list[str], **how: Any) -> Any:
             finally:
                 screen.close()
         value = results.objective(planned.root, planned.config.objective)
-        closing_words(planned, screen, everything=not planned.whole)
+        several = hydra.mode == RunMode.MULTIRUN
+        closing_words(planned, screen, everything=not planned.whole, briefly=several)
         if planned.made or not (planned.root / PAGE).exists():  # a kill may have come between
             page_after([planned.root])
-        if hydra.mode == RunMode.MULTIRUN:
+        if several:
             stopping.poll()  # a signal that came when this point was all but done is meant for the others
     return points.Made(planned.root, planned.made, value)
 

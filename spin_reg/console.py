@@ -122,8 +122,13 @@ class _Lines(logging.Handler):
             self._say(redacted(f"warning: {record.getMessage()}"))
 
 
-def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None:
-    """What came out, and how to go on; `everything`: all that was measured, not the main table alone."""
+def closing_words(planned: Planned, screen: Screen, *, everything: bool, briefly: bool = False) -> None:
+    """What came out, and how to go on.
+
+    Args:
+        everything: all that was measured, not the main table alone. briefly: of a run that was finished before no more
+            than that, since a table of all runs follows.
+    """
 
     def say(text: str) -> None:
         screen.console.print(text, markup=False, soft_wrap=True)
@@ -139,6 +144,8 @@ def closing_words(planned: Planned, screen: Screen, *, everything: bool) -> None
         say(f"{planned.root}: {played} of {iterations} iterates are made, and what is there is evaluated.")
     elif not planned.made:
         say(f"{planned.root} is finished: nothing to do.")
+        if briefly:
+            return
     table = iterates_table(planned.root, iterations)
     if table is not None:
         rest = details(planned.root, iterations, screen.console.width) if everything else []

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from spin_reg import cli, config, groups, overrides, sheet, survey
+from spin_reg import cli, config, groups, overrides, rundir, sheet, survey
 from spin_reg.errors import ConfigError, DamagedError, Stopped
 from spin_reg.pace import duration
 from spin_reg.redact import redacted
@@ -92,7 +92,7 @@ class Point:
             list(hydra.overrides.task),
             code,
             time.monotonic() - began,
-            root=None if run is None else str(run.root),
+            root=_begun(cfg) if run is None else str(run.root),
             anew=run is None or run.anew,
             value=None if run is None else run.value,
             error=None if failure is None else redacted(str(failure)),
@@ -101,6 +101,16 @@ class Point:
         )
         _write(self.place / f"{number}.json", asdict(said))
         return float("nan") if said.value is None else said.value
+
+
+def _begun(cfg: Any) -> str | None:
+    """The folder of a run that ended early; None where it has none."""
+    try:
+        settings = config.load(cfg, sweep=True)
+    except ConfigError:
+        return None
+    root = Path(settings.outputs).expanduser().resolve() / config.run_name(settings)
+    return str(root) if (root / rundir.RUN).is_file() else None
 
 
 def _aimless() -> ConfigError:

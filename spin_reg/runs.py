@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from spin_reg import config, durable, known, launch, overrides, rundir, sheet, space, vetting
 from spin_reg.errors import ConfigError, RunBusy, SpinRegError
+from spin_reg.settings import KeepIterates
 
 YES = "--yes"
 
@@ -79,7 +80,9 @@ def gc(words: Sequence[str], conf: Path) -> int:
     Raises:
         ConfigError: a word that gc does not take, or no such folder.
     """
-    unknown = [w for w in words if w != YES and not w.startswith("keep_iterates=") and not names_a_folder([w])]
+    known_words = {YES, *(f"keep_iterates={keep}" for keep in KeepIterates)}
+    others = [word for word in words if word not in known_words]
+    unknown = [word for word in others if word.startswith("keep_iterates=") or not names_a_folder([word])]
     if unknown:
         raise ConfigError(
             "gc does not take this.",

@@ -72,6 +72,20 @@ def test_a_failed_point_is_told_the_others_are_made_and_the_same_command_skips_t
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == [".stages", root.name]
 
 
+def test_a_point_that_fails_on_its_way_is_shown_as_far_as_it_came_and_a_finished_one_in_one_line(
+    command: Command, tmp_path: Path
+) -> None:
+    small = [word for word in SMALL if not word.startswith("schedule.learning_rate")]
+    words = ["train", "-m", *small, "schedule.iterations=1", "schedule.learning_rate=1e-2,1e38", f"outputs={tmp_path}"]
+    first, again = command(*words), command(*words)
+    for result, said in ((first, "done"), (again, "was finished")):
+        assert result.code == 5, result.err
+        good, bad = lines(result.out.strip("\n"))
+        assert (good["result"], bad["result"], bad["iterates"]) == (said, "failed", "1")
+        assert (tmp_path / bad["run"] / "iterate-00/evaluate").is_dir() and bad["run"] != good["run"]
+    assert first.err.count("\nmodel ") == 1 and "\nmodel " not in again.err and "is finished" in again.err
+
+
 def test_a_plan_of_a_sweep_ends_with_what_all_points_take_together(command: Command, tmp_path: Path) -> None:
     words = [*SMALL, f"outputs={tmp_path}", "schedule.iterations=2", "evaluation=none"]
     result = command("plan", "-m", *words, "regularizer=none,kl", "alpha=0,0.5")

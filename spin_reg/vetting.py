@@ -2,12 +2,13 @@
 reads them."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from spin_reg import redact
 from spin_reg.complaints import holds_a_secret
@@ -37,11 +38,23 @@ def check(words: Sequence[str], groups: Sequence[str]) -> None:
     name = given.config_name or ""
     if name.startswith("/") or ".." in name.split("/"):
         raise _outside(f"--config-name {name}")
-    searched = [part for word in words if "searchpath" in word for part in re.findall(r"[^\s\[\],'\"=]+", word)]
+    searched = [place for word in words if "searchpath" in word for place in _places(word)]
     for place in filter(None, [given.config_dir, given.config_path, *searched]):
         folder = Path(place.removeprefix("file://"))
         for path in {*_yaml_files(folder), *_yaml_files(Path(__file__).parent / folder)}:  # Hydra knows both
             _check_file(path)
+
+
+def _places(word: str) -> list[str]:
+    """The folders that a word has Hydra search, as Hydra reads it."""
+    try:
+        value = OverridesParser.create().parse_override(word).value()
+    except HydraException:
+        return []  # it cannot be read, so nothing is searched
+    places = value if isinstance(value, list) else [value]
+    if not all(isinstance(place, str) and "$" not in place for place in places):  # several values, or made of others
+        raise _outside(word)
+    return [str(place) for place in places]
 
 
 def check_saved(words: Sequence[str], record: Path) -> None:

@@ -393,7 +393,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_yaml_that_could_run_code_is_refused_by_name(kind: str, canary: Path, command: Command, tmp_path: Path) -> None:
+def test_yaml_that_could_run_code_is_refused_by_name(
+    kind: str, canary: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "conf/experiment/theirs.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\n" + HOSTILE[kind].replace("CANARY", str(canary)))
@@ -408,7 +410,12 @@ def test_yaml_that_could_run_code_is_refused_by_name(kind: str, canary: Path, co
             f"--config-d={tmp_path / 'conf'}",
         ):
             four(command("plan", flag), 2, "theirs.yaml")
-        four(command("plan", f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "experiment=theirs"), 2, "theirs.yaml")
+        (tmp_path / "a b").symlink_to(tmp_path / "conf")
+        for place in (f"[file://{tmp_path / 'conf'}]", f"['file://{tmp_path / 'a b'}']", f'["{tmp_path / "a b"}"]'):
+            four(command("plan", f"hydra.searchpath={place}", "experiment=theirs"), 2, "theirs.yaml")
+        monkeypatch.setenv("THEIRS", str(tmp_path / "conf"))
+        for place in ("['file://${oc.env:THEIRS}']", f"{tmp_path / 'conf'},{tmp_path / 'link'}"):
+            four(command("plan", "-m", f"hydra.searchpath={place}", "experiment=theirs"), 2, "hydra.searchpath")
 
 
 def test_an_innocent_yaml_and_plugins_by_name_go_on_working(command: Command, tmp_path: Path) -> None:

@@ -25,18 +25,7 @@ from spin_reg.spool import BATCH, Spool
 
 Progress = Callable[[int, int, str], None]  # done, total, unit; raises where a signal asks to stop
 FORMATS = ("parquet", "json", "csv", "arrow", "text")  # of a Hub data set's files
-OTHERS = {
-    ".csv",
-    ".tsv",
-    ".xlsx",
-    ".arrow",
-    ".feather",
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".zip",
-}  # in which no line is JSON
+OTHERS = {*(".csv", ".tsv", ".xlsx", ".arrow", ".feather"), *(".gz", ".bz2", ".xz", ".zst", ".zip")}
 SHOWN = 20  # bad rows named in one error
 
 

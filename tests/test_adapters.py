@@ -190,8 +190,8 @@ def test_killed_between_two_steps_the_adapter_comes_out_the_same(
     more = ["regularizer=fictitious_play", "schedule.iterations=2", "schedule.save_every=1"]
     real, kept = checkpoint.write, []
 
-    def killing(folder: Path, *state: Any) -> None:
-        real(folder, *state)
+    def killing(folder: Path, *state: Any, **how: Any) -> None:
+        real(folder, *state, **how)
         kept.append(folder)
         if len(kept) == 4:  # the second of the second iteration, whose adapter was not fresh
             raise Killed

@@ -213,5 +213,6 @@ def test_it_is_stopped_as_train_is(
 def test_the_points_of_a_sweep_make_their_data_once(command: Command, tmp_path: Path) -> None:
     result = command("plan", "-m", "--prepare", *SMALL, f"outputs={tmp_path}", "alpha=0,0.5", "evaluation=none")
     assert result.code == 0, result.err
-    assert result.out.count("tokens: about") == 2 and len(list(tmp_path.glob("*/data"))) == 1
+    each, total = result.out.split("all 2 runs: ")
+    assert each.count("tokens: about") == 2 and "tokens: about" in total and len(list(tmp_path.glob("*/data"))) == 1
     assert "the same stage lies in" in result.out

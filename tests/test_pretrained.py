@@ -87,7 +87,7 @@ def test_a_base_that_changed_is_refused(base: Path, command: Command, tmp_path: 
     model.save_pretrained(copy)
     result = command("train", *words(copy, tmp_path), "schedule.iterations=2")
     assert result.code == 2 and "iterate-00/base was made with other settings" in result.err
-    assert "sha256" in result.err
+    assert "files of the model: SHA-256" in result.err
 
 
 def test_weights_that_are_not_whole_are_named(base: Path, command: Command, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def repeatable(wanted: bool, where: str) -> Iterator[None]:
     do not else. What a GPU's kernels make of shapes is no part of it: other batches round otherwise.
 
     Raises:
-        ConfigError: the model needs an operation that has no such kernel.
+        ConfigError: the model needs an operation that has no such kernel; or the environment sets cuBLAS otherwise.
     """
     if not wanted:
         yield
@@ -45,6 +45,14 @@ def repeatable(wanted: bool, where: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        (setting,) = CUBLAS
+        if setting in str(error):
+            raise ConfigError(
+                "cuBLAS is not set so that it gives the same bits every time.",
+                where=f"{setting}={os.environ.get(setting)} in the environment",
+                why="PyTorch takes :4096:8 and :16:8 for that, and no other",
+                todo="leave it out (spin-reg sets it), or give hardware.deterministic=false",
+            ) from error
         if REFUSED not in str(error):
             raise
         raise ConfigError(

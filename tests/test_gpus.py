@@ -45,6 +45,15 @@ def test_attention_over_a_cache_is_one_kernel_a_layer_there() -> None:
     assert decoder._blocks() == ((slice(0, 32), 42), (slice(32, 64), 30))
 
 
+def test_an_environment_that_sets_cublas_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    text = "you must set an environment variable: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8."
+    with pytest.raises(ConfigError, match="same bits") as refused, gpus.repeatable(True, "here"):
+        raise RuntimeError(f"{text} For more information, go to the documentation")
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8" in refused.value.where
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_inside_kernels_give_the_same_bits_and_outside_all_is_as_before(wanted: bool) -> None:
     filled = torch.utils.deterministic.fill_uninitialized_memory

@@ -314,7 +314,7 @@ def _name_damage(root: Path) -> None:
     folders = [found.parent for found in root.rglob(rundir.MANIFEST)] if lines else []
     known = {line for folder in folders if rundir.readable(folder) for line in _lines(folder)}
     if not set(lines) <= known:
-        log.warning("%s is damaged: it is put together again", path)
+        log.warning("%s is damaged, or holds lines of stages that are gone: it is put together again", path)
 
 
 def _lines(folder: Path) -> list[bytes]:

@@ -58,31 +58,18 @@ def write(
     weights = {n: sharing.on_main(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
     tensors, numbers = _flatten(optimizer.state_dict())
     if ranks.is_main():
-        _publish(folder, target, temporary, weights, tensors, numbers, rows)
+        _clear(folder)
+        try:
+            _write(temporary, weights, tensors, numbers, rows)
+            older = sorted(folder.glob("checkpoint-?????????"))
+            durable.rename_folder(temporary, target)
+        except SpinRegError:
+            _clear(folder)  # on a full disk half a checkpoint is in the way
+            raise
+        for path in older:
+            durable.remove(path)
     if together:
         ranks.wait()  # not in a collective of the next step, which would not wait as long as a disk may take
-
-
-def _publish(
-    folder: Path,
-    target: Path,
-    temporary: Path,
-    weights: dict[str, Tensor],
-    tensors: dict[str, Tensor],
-    numbers: dict[str, float],
-    rows: list[dict[str, Any]],
-) -> None:
-    """Write a checkpoint, and remove the older ones."""
-    _clear(folder)
-    try:
-        _write(temporary, weights, tensors, numbers, rows)
-        older = sorted(folder.glob("checkpoint-?????????"))
-        durable.rename_folder(temporary, target)
-    except SpinRegError:
-        _clear(folder)  # on a full disk half a checkpoint is in the way
-        raise
-    for path in older:
-        durable.remove(path)
 
 
 def _clear(folder: Path) -> None:

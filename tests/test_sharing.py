@@ -212,6 +212,11 @@ def test_an_adapter_over_a_base_of_several_processes(
     near(tmp_path / "run", alone)
 
 
+def stops_at_the_fifth_step(self: Any, done: int, total: int, unit: str) -> None:
+    if (done, unit) == (5, "step"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharding", "other"),
@@ -236,12 +241,8 @@ def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
     )  # so it is in time
     words = ["train", *WORDS, f"outputs={root.parent}"]
 
-    def progress(self: Any, done: int, total: int, unit: str) -> None:
-        if (done, unit) == (5, "step"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with monkeypatch.context() as patch:
-        patch.setattr(console.Screen, "progress", progress)
+        patch.setattr(console.Screen, "progress", stops_at_the_fifth_step)
         result = command(*words, "hardware.processes=2", f"hardware.sharding={sharding}")
     assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
     (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
@@ -271,11 +272,7 @@ def test_a_checkpoint_that_takes_longer_than_a_signal_waits_is_kept(
     after(durable, "write_bytes", slow)
 """)
 
-    def progress(self: Any, done: int, total: int, unit: str) -> None:
-        if (done, unit) == (5, "step"):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(console.Screen, "progress", progress)
+    monkeypatch.setattr(console.Screen, "progress", stops_at_the_fifth_step)
     words = ["train", *WORDS, f"outputs={root.parent}", "hardware.processes=2", f"hardware.sharding={sharding}"]
     result = command(*words)
     assert result.code == 75, result.err

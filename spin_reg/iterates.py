@@ -133,9 +133,8 @@ def for_others(folder: Path, policy: Policy | BenchmarkSpec, *, tokenizer: Path 
     renders = {key: saved[key] for key in ("chat_template", "template_kwargs") if key in saved}
     if renders and tokenizer is not None:
         durable.make_folder(tokenizer)
-        models.tokenizer_of(where, policy.trust_remote_code, saved.get("gguf_file"), **renders).save_pretrained(
-            tokenizer / "tokenizer"
-        )
+        own = models.tokenizer_of(where, policy.trust_remote_code, saved.get("gguf_file"), **renders)
+        own.save_pretrained(tokenizer / "tokenizer")
         found["tokenizer"] = str(tokenizer / "tokenizer")
     return found
 

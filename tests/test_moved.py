@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, Command, Result
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spin_reg import iterates, models
 from spin_reg.settings import Dtype
@@ -131,3 +131,25 @@ def test_a_base_that_was_moved_is_told_once(
     weights.save_pretrained(place)
     other = command("resume", run, "schedule.iterations=3")
     assert other.code == 2 and "files of the model: SHA-256" in other.err
+
+
+def test_a_template_that_was_moved_is_told_once_and_an_adapter_renders_with_it(
+    base: Path, words: list[str], command: Command, tmp_path: Path
+) -> None:
+    path, said = tmp_path / "mine.jinja", [{"role": "user", "content": "q"}]
+    whole = AutoTokenizer.from_pretrained(base).chat_template
+    path.write_text(whole + "{# mine #}")
+    own = [*OWN, *words, "model=pretrained", f"model.name_or_path={base}", f"model.chat_template={path}"]
+    done(command("train", *own, "model.lora.rank=2", "evaluation=none", "run_name=run"))
+    run, made = str(tmp_path / "o/run"), manifests(tmp_path / "o/run")
+    kept = AutoTokenizer.from_pretrained(tmp_path / "o/run/iterate-01/model")
+    assert kept.chat_template.endswith("{# mine #}") and kept.apply_chat_template(said)
+    place = path.rename(tmp_path / "yours.jinja")
+    assert "is finished" in done(command("resume", run))
+    done(command("resume", run, f"model.chat_template={place}"))
+    assert str(place) in (tmp_path / "o/run/config.yaml").read_text() and manifests(tmp_path / "o/run") == made
+    refused = command("resume", run, "model.chat_template=null")
+    assert refused.code == 2 and f'model.chat_template: "{place}" -> null' in refused.err
+    place.write_text(whole)
+    edited = command("resume", run)
+    assert edited.code == 2 and "the model's tokenizer and chat template: SHA-256" in edited.err

@@ -212,9 +212,44 @@ def test_an_adapter_over_a_base_of_several_processes(
     near(tmp_path / "run", alone)
 
 
-def stops_at_the_fifth_step(self: Any, done: int, total: int, unit: str) -> None:
-    if (done, unit) == (5, "step"):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.fixture
+def stopped(
+    root: Path,
+    command: Command,
+    trap: Callable[..., None],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Path]:
+    """Train in two processes till a signal comes at the fifth step; the checkpoint that is kept of it."""
+
+    def progress(self: Any, done: int, total: int, unit: str) -> None:
+        if (done, unit) == (5, "step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def run(sharding: str, more: str = "") -> Path:
+        trap(IN_TIME + more)
+        with monkeypatch.context() as patch:
+            patch.setattr(console.Screen, "progress", progress)
+            both = ["hardware.processes=2", f"hardware.sharding={sharding}"]
+            result = command("train", *WORDS, f"outputs={root.parent}", *both)
+        assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
+        (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
+        assert kept.suffix != ".tmp" and 5 <= int(kept.name[-9:]) < STEPS
+        return kept
+
+    return run
+
+
+IN_TIME = """
+    after(fit._State, "update", lambda state, row: time.sleep(0.5 * (row["step"] >= 5)))
+"""
+SLOW = """
+    from spin_reg import stopping
+    stopping.GRACE = 1.0
+    def slow(path, content):
+        if path.name == "optimizer.safetensors" and "-000000004." not in str(path) and "-000000002." not in str(path):
+            time.sleep(4)
+    after(durable, "write_bytes", slow)
+"""
 
 
 @pytest.mark.slow
@@ -233,51 +268,21 @@ def test_a_signal_stops_all_ranks_at_one_step_and_another_number_goes_on(
     made: Path,
     root: Path,
     command: Command,
+    stopped: Callable[..., Path],
     trap: Callable[..., None],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trap(
-        "    after(fit._State, 'update', lambda state, row: time.sleep(0.5 * (row['step'] >= 5)))\n"
-    )  # so it is in time
-    words = ["train", *WORDS, f"outputs={root.parent}"]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(console.Screen, "progress", stops_at_the_fifth_step)
-        result = command(*words, "hardware.processes=2", f"hardware.sharding={sharding}")
-    assert result.code == 75 and "Stopped by SIGTERM" in result.err, result.err
-    (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
-    assert 5 <= int(kept.name[-9:]) < STEPS
+    stopped(sharding)
     trap()
-    assert command(*words, *other).code == 0
+    assert command("train", *WORDS, f"outputs={root.parent}", *other).code == 0
     near(root, made)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "full", pytest.param("zero2", marks=ZERO)])
 def test_a_checkpoint_that_takes_longer_than_a_signal_waits_is_kept(
-    sharding: str,
-    made: Path,
-    root: Path,
-    command: Command,
-    trap: Callable[..., None],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    sharding: str, stopped: Callable[..., Path]
 ) -> None:
-    trap("""
-    from spin_reg import stopping
-    stopping.GRACE = 1.0
-    after(fit._State, "update", lambda state, row: time.sleep(0.5 * (row["step"] >= 5)))
-    def slow(path, content):
-        if path.name == "optimizer.safetensors" and "-000000004." not in str(path) and "-000000002." not in str(path):
-            time.sleep(4)
-    after(durable, "write_bytes", slow)
-""")
-
-    monkeypatch.setattr(console.Screen, "progress", stops_at_the_fifth_step)
-    words = ["train", *WORDS, f"outputs={root.parent}", "hardware.processes=2", f"hardware.sharding={sharding}"]
-    result = command(*words)
-    assert result.code == 75, result.err
-    (kept,) = root.glob(f"{MODEL}.tmp/.scratch/checkpoint-*")
-    assert kept.name[-4:] != ".tmp" and 5 <= int(kept.name[-9:]) < STEPS
+    stopped(sharding, SLOW)
 
 
 TRAINED = """

@@ -42,7 +42,7 @@ def identity(value: Any, *, places: bool = False) -> Any:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         left_out = {"runtime"} if places else {"runtime", "place"}
-        named = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if not left_out & f.metadata.keys())
+        named = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if left_out.isdisjoint(f.metadata))
         return {f.name: identity(v, places=places) for f, v in named if not ("later" in f.metadata and v == f.default)}
     if isinstance(value, list | tuple):
         return [identity(v, places=places) for v in value]
